@@ -1,0 +1,280 @@
+"""Plain-PyTorch modules that carry Transformer Engine's parameter names, so that one mapping table serves CPU and GPU.
+
+They are Megatron's own parallel layers (real collectives, over gloo) plus what Transformer Engine fuses into them: the
+norm in front of a column-parallel linear, grouped experts, and a core attention. `CPUSpecProvider` hands them to
+Megatron's own layer specs in place of `TESpecProvider`; see cpu_substitutions.
+
+Shapes: s sequence on this rank, b batch, n heads on this rank, g query groups on this rank, d head dim, e value dim.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
+from megatron.core.utils import divide
+from torch.nn import Parameter
+
+
+def normalise(x, weight, bias, config: TransformerConfig, eps: float) -> torch.Tensor:
+    """RMSNorm or LayerNorm over the last dim, as `config.normalization` says; a zero-centred weight stores gamma - 1.
+
+    Statistics are taken in fp32, like both references (Transformer Engine and Hugging Face).
+    """
+    gamma = weight + 1 if config.layernorm_zero_centered_gamma else weight
+    x32 = x.float()
+    if config.normalization == "LayerNorm":
+        return F.layer_norm(x32, x.shape[-1:], gamma.float(), bias.float(), eps).to(x.dtype)
+    x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (x32 * gamma.float()).to(x.dtype)
+
+
+class Norm(torch.nn.Module):
+    """`weight` [hidden] and, for LayerNorm, `bias` [hidden]; replicated over tensor parallel."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, has_residual: bool = False):
+        super().__init__()
+        if config.normalization not in ("RMSNorm", "LayerNorm"):
+            raise ValueError(f"normalization {config.normalization!r}: RMSNorm or LayerNorm is known")
+        self.config, self.eps = config, eps
+        self.weight = _norm_parameter(config, hidden_size)
+        self.bias = _norm_parameter(config, hidden_size) if config.normalization == "LayerNorm" else None
+
+    def forward(self, x):
+        return normalise(x, self.weight, self.bias, self.config, self.eps)
+
+
+def _norm_parameter(config: TransformerConfig, size: int) -> Parameter:
+    parameter = Parameter(torch.ones(size, dtype=config.params_dtype))
+    # Under sequence parallelism each rank sees a part of the tokens: Megatron then sums this gradient over TP.
+    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return parameter
+
+
+class _Sharded:
+    """`sharded_state_dict` with Transformer Engine's key names: what Megatron's own resharding goes by."""
+
+    shard_dims: dict[str, int] = {}  # noqa: RUF012
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(
+            {k: v for k, v in state.items() if torch.is_tensor(v)}, prefix, self.shard_dims, sharded_offsets,
+            tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"])
+
+
+class ColumnLinear(_Sharded, ColumnParallelLinear):
+    """`weight` [out / tp, in], `bias` [out / tp]. Transformer Engine has no output gather."""
+
+    shard_dims = {"weight": 0, "bias": 0}  # noqa: RUF012
+
+
+class LayerNormColumnLinear(ColumnLinear):
+    """A norm, then a column-parallel linear: adds `layer_norm_weight` (and `layer_norm_bias`) [in]."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs):
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.layer_norm_weight = _norm_parameter(config, input_size)
+        self.layer_norm_bias = _norm_parameter(config, input_size) if config.normalization == "LayerNorm" else None
+
+    def forward(self, x, *args, **kwargs):
+        config = self.config
+        x = normalise(x, self.layer_norm_weight, self.layer_norm_bias, config, config.layernorm_epsilon)
+        return super().forward(x, *args, **kwargs)
+
+
+class RowLinear(_Sharded, RowParallelLinear):
+    """`weight` [out, in / tp], `bias` [out]."""
+
+    shard_dims = {"weight": 1}  # noqa: RUF012
+
+
+class DuplicatedLinear(_Sharded, torch.nn.Module):
+    """`weight` [out, in] on every tensor-parallel rank, no communication (Transformer Engine's `duplicated` mode)."""
+
+    tp_group = None
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool,
+                 parallel_mode: str | None = "duplicated", skip_bias_add: bool = False, **_):
+        super().__init__()
+        if parallel_mode != "duplicated":
+            raise ValueError(f"parallel_mode {parallel_mode!r}: only 'duplicated' is built here")
+        self.skip_bias_add = skip_bias_add
+        self.weight = Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        self.bias = Parameter(torch.empty(output_size, dtype=config.params_dtype)) if bias else None
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x):
+        bias = None if self.skip_bias_add else self.bias
+        return F.linear(x, self.weight, bias), (self.bias if self.skip_bias_add else None)
+
+
+class GroupedLinear(torch.nn.Module):
+    """One linear per local expert: `weight0..` [out, in] with one of the two sharded by expert tensor parallel.
+
+    The token dispatcher does all communication, as with Transformer Engine's GroupedLinear.
+    """
+
+    def __init__(self, num_gemms: int, input_size: int, output_size: int, *, parallel_mode: str,
+                 config: TransformerConfig, bias: bool, skip_bias_add: bool, is_expert: bool, pg_collection,
+                 init_method=None, tp_comm_buffer_name=None, name=None):
+        super().__init__()
+        assert is_expert, "grouped linears are expert layers"
+        self.num_gemms, self.use_bias, self.skip_bias_add = num_gemms, bias, skip_bias_add
+        self.column, self.pg_collection = parallel_mode == "column", pg_collection
+        etp = pg_collection.expt_tp.size()
+        out_size = divide(output_size, etp) if self.column else output_size
+        in_size = input_size if self.column else divide(input_size, etp)
+        # Parameters of experts are reduced over the expert data-parallel group when it differs from the dense one.
+        expert_groups = config.expert_model_parallel_size > 1 or (
+            config.expert_tensor_parallel_size != config.tensor_model_parallel_size)
+        for i in range(num_gemms):
+            weight = Parameter(torch.empty(out_size, in_size, dtype=config.params_dtype))
+            weight.allreduce = not expert_groups  # type: ignore[attr-defined]
+            self.register_parameter(f"weight{i}", weight)
+            if bias:
+                parameter = Parameter(torch.empty(out_size, dtype=config.params_dtype))
+                parameter.allreduce = not expert_groups  # type: ignore[attr-defined]
+                self.register_parameter(f"bias{i}", parameter)
+
+    def forward(self, x, tokens_per_expert: list[int]):
+        biases = [getattr(self, f"bias{i}") for i in range(self.num_gemms)] if self.use_bias else None
+        add = biases if biases is not None and not self.skip_bias_add else [None] * self.num_gemms
+        pieces = [F.linear(piece, getattr(self, f"weight{i}"), add[i])
+                  for i, piece in enumerate(torch.split(x, tokens_per_expert))]
+        return torch.cat(pieces), (biases if self.skip_bias_add else None)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        groups, total = self.pg_collection, self.pg_collection.ep.size() * self.num_gemms
+        sharded = {}
+        for i in range(self.num_gemms):
+            expert = (len(sharded_offsets), groups.ep.rank() * self.num_gemms + i, total)
+            state = {k: getattr(self, f"{k}{i}") for k in ("weight", "bias") if hasattr(self, f"{k}{i}")}
+            axes = {"weight": 0, "bias": 0} if self.column else {"weight": 1}
+            one = make_sharded_tensors_for_checkpoint(
+                state, prefix, axes, (*sharded_offsets, expert), tp_group=groups.expt_tp,
+                dp_cp_group=metadata["dp_cp_group"])
+            for key, tensor in one.items():
+                tensor.replica_id = (*tensor.replica_id[:2], groups.expt_dp.rank())
+                sharded[f"{key}{i}"] = tensor
+        return sharded
+
+
+class CoreAttention(torch.nn.Module):
+    """Softmax attention in plain PyTorch: causal, grouped queries, K and V of different widths, sliding window, sinks,
+    context parallel (each rank gathers the K and V of the others; ranks hold the zig-zag halves Megatron gives them).
+
+    query [s b n d], key [s b g d], value [s b g e] -> [s b (n e)].
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type, attention_type: str,
+                 attention_dropout=None, softmax_scale: float | None = None, k_channels: int | None = None,
+                 v_channels: int | None = None, num_splits=None, cp_comm_type=None, pg_collection=None):
+        super().__init__()
+        self.config, self.pg_collection = config, pg_collection
+        self.scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size if windowed else None
+        if config.softmax_type == "learnable":
+            heads = divide(config.num_attention_heads, pg_collection.tp.size())
+            self.softmax_offset = Parameter(torch.empty(heads, dtype=config.params_dtype))
+        elif config.softmax_type != "vanilla":
+            raise ValueError(f"softmax_type {config.softmax_type!r}: vanilla or learnable is known")
+
+    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None,
+                packed_seq_params=None, num_splits=None):
+        if packed_seq_params is not None or attention_bias is not None:
+            raise ValueError("packed sequences and attention biases are not built on CPU")
+        cp = self.pg_collection.cp
+        positions = zigzag_positions(query.size(0), cp.rank(), cp.size())
+        key_positions = positions
+        if cp.size() > 1:
+            key, value = (torch.cat(_all_gather(x, cp)) for x in (key, value))
+            key_positions = torch.cat([zigzag_positions(query.size(0), r, cp.size()) for r in range(cp.size())])
+
+        s, b, n, _ = query.shape
+        key, value = (x.repeat_interleave(n // x.size(2), dim=2) for x in (key, value))
+        scores = torch.einsum("sbnd,tbnd->bnst", query, key) * self.scale
+        distance = positions[:, None] - key_positions[None, :]
+        hidden = distance < 0
+        if self.window is not None:  # (w, 0): w tokens before this one, and itself
+            hidden |= distance > self.window[0]
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if hasattr(self, "softmax_offset"):  # a sink takes part in the softmax and has no value
+            sink = self.softmax_offset[None, :, None, None].expand(b, n, s, 1)
+            scores = torch.cat([scores, sink.to(scores.dtype)], dim=-1)
+        probs = scores.float().softmax(-1).to(query.dtype)[..., : key.size(0)]
+        return torch.einsum("bnst,tbne->sbne", probs, value).reshape(s, b, -1)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {"softmax_offset": 0}, sharded_offsets,
+            tp_group=self.pg_collection.tp, dp_cp_group=metadata["dp_cp_group"])
+
+
+def zigzag_positions(local: int, rank: int, size: int) -> torch.Tensor:
+    """Global positions [local] of the tokens that context-parallel rank `rank` of `size` holds: the sequence is cut into
+    2 x size pieces and rank r takes pieces r and 2 x size - 1 - r, so that causal work is even."""
+    if size == 1:
+        return torch.arange(local)
+    if local % 2:
+        raise ValueError(f"{local} tokens a rank: context parallelism needs an even number")
+    half = local // 2
+    first, last = rank * half, (2 * size - 1 - rank) * half
+    return torch.cat([torch.arange(first, first + half), torch.arange(last, last + half)])
+
+
+def _all_gather(x: torch.Tensor, group) -> list[torch.Tensor]:
+    from torch.distributed.nn.functional import all_gather
+
+    return list(all_gather(x.contiguous(), group))
+
+
+class CPUSpecProvider(BackendSpecProvider):
+    """The modules above, under the method names by which Megatron's spec builders ask for them."""
+
+    def linear(self) -> type:
+        return DuplicatedLinear
+
+    def column_parallel_linear(self) -> type:
+        return ColumnLinear
+
+    def row_parallel_linear(self) -> type:
+        return RowLinear
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return True
+
+    def column_parallel_layer_norm_linear(self) -> type:
+        return LayerNormColumnLinear
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False):
+        return Norm
+
+    def core_attention(self) -> type:
+        return CoreAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool):
+        if not moe_use_grouped_gemm:
+            raise ValueError("moe_grouped_gemm=False: experts are grouped here, as they are with Transformer Engine")
+        return partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(
+            linear_fc1=partial(GroupedLinear, parallel_mode="column"),  # type: ignore[arg-type]
+            linear_fc2=partial(GroupedLinear, parallel_mode="row")))  # type: ignore[arg-type]
+
+    def activation_func(self):
+        return None

@@ -1,0 +1,102 @@
+"""What makes Megatron-Core run on a machine without a GPU: a small, listed set of substitutions.
+
+`install()` is idempotent and refuses where CUDA is available. Every Megatron symbol replaced here is guarded by
+tests/test_cpu_backend.py, which fails when Megatron no longer has it or no longer looks it up there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _Nothing:
+    """Stands for a CUDA stream or event: every method does nothing and gives itself."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self
+
+
+_NOTHING = _Nothing()
+
+# torch.cuda functions on Megatron's path -> what they do here.
+TORCH_CUDA: dict[str, Any] = {
+    "current_device": lambda: torch.device("cpu"),
+    "set_device": lambda device: None,
+    "synchronize": lambda device=None: None,
+    "Stream": _Nothing,
+    "Event": _Nothing,
+    "current_stream": lambda device=None: _NOTHING,
+    "stream": lambda stream: nullcontext(),
+    "get_rng_state": lambda device=None: torch.get_rng_state(),
+    "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+    "manual_seed": lambda seed: torch.manual_seed(seed),
+}
+
+
+def _numpy_split_sizes(tensor, as_numpy: bool = False, record_stream: bool = False):
+    """Megatron leaves CPU tensors alone here, but torch's all_to_all wants its split sizes as numbers."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _megatron_symbols() -> dict[tuple[str, str], Any]:
+    """(module, attribute) -> replacement, for Megatron's own look-ups."""
+    from bridges.cpu_backend import CPUSpecProvider, Norm
+
+    core = "megatron.core"
+    return {
+        # Megatron's GPT specs ask these names for Transformer Engine's modules.
+        (f"{core}.models.gpt.gpt_layer_specs", "TESpecProvider"): CPUSpecProvider,
+        (f"{core}.models.gpt.gpt_layer_specs", "TENorm"): Norm,
+        (f"{core}.models.gpt.moe_module_specs", "TESpecProvider"): CPUSpecProvider,
+        (f"{core}.extensions.transformer_engine_spec_provider", "TESpecProvider"): CPUSpecProvider,
+        (f"{core}.tensor_parallel.random", "_get_cuda_rng_state"):
+            lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
+        (f"{core}.tensor_parallel.random", "_set_cuda_rng_state"):
+            lambda state, device=-1, graph_safe=False: torch.set_rng_state(state),
+        (f"{core}.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu"): _numpy_split_sizes,
+    }
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Literal `device="cuda"` arguments, `.cuda()` and `pin_memory=True` inside Megatron mean the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if kwargs:
+            device = kwargs.get("device")
+            if device is not None and (device == "cuda" or (isinstance(device, torch.device) and device.type == "cuda")):
+                kwargs["device"] = "cpu"
+            kwargs.pop("pin_memory", None)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_installed: _CudaMeansCpu | None = None
+
+
+def install() -> None:
+    """Make Megatron-Core build and run on the CPU of this process (and of those forked from it)."""
+    global _installed
+    if _installed is not None:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("a GPU is present: the CPU substitutions are for machines without one")
+    for name, replacement in TORCH_CUDA.items():
+        setattr(torch.cuda, name, replacement)
+    for (module, attribute), replacement in _megatron_symbols().items():
+        home = importlib.import_module(module)
+        if not hasattr(home, attribute):
+            raise RuntimeError(f"{module}.{attribute} is gone from this megatron-core: the CPU backend needs its new name")
+        setattr(home, attribute, replacement)
+    _installed = _CudaMeansCpu()
+    _installed.__enter__()

@@ -1,0 +1,230 @@
+"""Providers: a Megatron-Core configuration that can build its own model, on a CPU or on a GPU.
+
+A provider *is* a TransformerConfig with the model's vocabulary, rope and pipeline split beside it. It stays editable until
+`finalize()`, which derives, validates and locks it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bridges import cpu_substitutions
+from bridges.layout import Layout, LayoutError
+from bridges.rope import Rotary, inverse_frequencies
+
+
+@dataclass
+class GPTModelProvider(TransformerConfig):
+    """A decoder-only language model. Defaults are those of today's dense models: RMSNorm, SwiGLU, rope, no biases.
+
+    Raises ValueError from `finalize()` for sizes that do not divide, and from `provide*` when it was not finalized.
+    """
+
+    normalization: str = "RMSNorm"
+    gated_linear_unit: bool = True
+    activation_func: Callable = F.silu
+    add_bias_linear: bool = False
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    layernorm_epsilon: float = 1e-5
+    ffn_hidden_size: int | None = None
+
+    vocab_size: int = 0
+    make_vocab_size_divisible_by: int = 1
+    max_position_embeddings: int = 2048
+    seq_length: int = 2048
+    share_embeddings_and_output_weights: bool = False
+    position_embedding_type: str = "rope"
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    rope_scaling: dict | None = None  # hub-style, without rope_theta
+    num_layers_per_chunk: tuple[int, ...] | None = None  # explicit pipeline split, see Layout.split
+
+    # Experts are grouped, exchanged by all-to-all and never dropped; balancing losses belong to training recipes.
+    moe_grouped_gemm: bool = True
+    moe_token_dispatcher_type: str = "alltoall"
+    moe_router_load_balancing_type: str = "none"
+    moe_aux_loss_coeff: float = 0.0
+    moe_shared_expert_gate: bool = False
+
+    # Fusions need GPU kernels and change nothing that a parity check looks at.
+    bias_activation_fusion: bool = False
+    bias_dropout_fusion: bool = False
+    masked_softmax_fusion: bool = False
+    apply_rope_fusion: bool = False
+    gradient_accumulation_fusion: bool = False
+    persist_layer_norm: bool = False
+
+    def __post_init__(self) -> None:
+        """TransformerConfig validates here; a provider waits for finalize(), since users still edit it."""
+        self._final = False
+
+    # -- derived -----------------------------------------------------------------------------------------------------
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_attention_heads // (self.num_query_groups or self.num_attention_heads)
+
+    @property
+    def layout(self) -> Layout:
+        """The model-parallel layout that the provider's fields say (dp is not a model's business)."""
+        return Layout(tp=self.tensor_model_parallel_size, pp=self.pipeline_model_parallel_size,
+                      vpp=self.virtual_pipeline_model_parallel_size or 1, ep=self.expert_model_parallel_size,
+                      etp=self.expert_tensor_parallel_size, cp=self.context_parallel_size, sp=self.sequence_parallel,
+                      split=self.num_layers_per_chunk)
+
+    def apply_layout(self, layout: Layout | str) -> GPTModelProvider:
+        """Set every parallel size from a layout; returns self."""
+        layout = Layout.parse(layout)
+        self.tensor_model_parallel_size = layout.tp
+        self.pipeline_model_parallel_size = layout.pp
+        self.virtual_pipeline_model_parallel_size = layout.vpp if layout.vpp > 1 else None
+        self.expert_model_parallel_size = layout.ep
+        self.expert_tensor_parallel_size = layout.expert_tp
+        self.context_parallel_size = layout.cp
+        self.sequence_parallel = layout.sp
+        self.num_layers_per_chunk = layout.split
+        return self
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Vocabulary rows Megatron holds: the next multiple of make_vocab_size_divisible_by x tp."""
+        multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
+        return -(-self.vocab_size // multiple) * multiple
+
+    def check_layout(self) -> None:
+        """Raise LayoutError when the model does not divide into the layout."""
+        self.layout.check(num_layers=self.num_layers, num_heads=self.num_attention_heads,
+                          num_query_groups=self.num_query_groups or self.num_attention_heads,
+                          ffn=self.ffn_hidden_size or 4 * self.hidden_size, num_experts=self.num_moe_experts,
+                          moe_ffn=self.moe_ffn_hidden_size, shared_ffn=self.moe_shared_expert_intermediate_size)
+
+    # -- life cycle --------------------------------------------------------------------------------------------------
+
+    def finalize(self) -> GPTModelProvider:
+        """Derive and validate everything; after this the parallel sizes are fixed. Calling it twice is fine."""
+        if self._final:
+            return self
+        if self.vocab_size < 1:
+            raise ValueError(f"provider.vocab_size is {self.vocab_size}: set it before finalize()")
+        self.use_cpu_initialization = not torch.cuda.is_available()
+        if self.pipeline_model_parallel_size > 1 and self.pipeline_dtype is None:
+            self.pipeline_dtype = self.params_dtype
+        self.check_layout()
+        chunks = [["decoder"] * len(layers) for layers in self.layout.chunk_layers(self.num_layers)]
+        if self.pipeline_model_parallel_size > 1:
+            # Always explicit: uneven splits, virtual stages and MTP stages are then one mechanism.
+            chunks[0].insert(0, "embedding")
+            chunks[-1].append("loss")
+            self.pipeline_model_parallel_layout = chunks
+        super().__post_init__()
+        self.rope_frequencies()  # an unknown kind of rope should fail here, not in the forward
+        self._final = True
+        return self
+
+    def get_transformer_config(self) -> TransformerConfig:
+        """The Megatron-Core configuration; a provider is one itself."""
+        return self
+
+    def rope_frequencies(self) -> torch.Tensor:
+        """Inverse rope frequencies [rotary dim / 2] in fp32."""
+        dim = self.kv_channels or self.hidden_size // self.num_attention_heads
+        frequencies, factor = inverse_frequencies(
+            base=self.rotary_base, dim=dim, scaling=self.rope_scaling, percent=self.rotary_percent,
+            max_position_embeddings=self.max_position_embeddings)
+        if factor != 1.0:
+            raise ValueError(f"rope scaling {self.rope_scaling} multiplies cos and sin by {factor}: not built for "
+                             "grouped-query attention")
+        return frequencies
+
+    def layer_spec(self, vp_stage: int | None) -> Any:
+        """Megatron's own block spec; on a CPU its Transformer Engine modules are those of bridges.cpu_backend."""
+        return gpt_layer_specs.get_gpt_decoder_block_spec(self, use_transformer_engine=True, vp_stage=vp_stage)
+
+    def provide(self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> GPTModel:
+        """One model chunk for this rank (process groups must exist)."""
+        if not self._final:
+            raise ValueError("call provider.finalize() before building a model: it validates and locks the configuration")
+        model = GPTModel(
+            config=self, transformer_layer_spec=self.layer_spec(vp_stage), vocab_size=self.padded_vocab_size,
+            max_sequence_length=self.max_position_embeddings, pre_process=pre_process, post_process=post_process,
+            parallel_output=True, share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+            position_embedding_type="rope", rotary_percent=self.rotary_percent,
+            rotary_base=int(self.rotary_base), vp_stage=vp_stage)
+        if hasattr(model, "rotary_pos_emb"):
+            model.rotary_pos_emb = Rotary(self.rope_frequencies(), interleaved=self.rotary_interleaved,
+                                          cp_group=model.pg_collection.cp)
+        return model
+
+    def provide_distributed_model(self, wrap_with_ddp: bool = True) -> list:
+        """This rank's model chunks, one per virtual stage; process groups are made when there are none.
+
+        Without torchrun's environment a world of one rank is made. With `wrap_with_ddp` each chunk is wrapped in
+        Megatron's DistributedDataParallel.
+        """
+        ensure_process_groups(self)
+        vpp = self.virtual_pipeline_model_parallel_size
+        chunks = []
+        for stage in range(vpp or 1):
+            at = {"vp_stage": stage, "ignore_virtual": False} if vpp else {}
+            chunk = self.provide(pre_process=parallel_state.is_pipeline_first_stage(**at),
+                                 post_process=parallel_state.is_pipeline_last_stage(**at),
+                                 vp_stage=stage if vpp else None)
+            if torch.cuda.is_available():
+                chunk.cuda()
+            chunks.append(chunk)
+        if wrap_with_ddp:
+            ddp_config = DistributedDataParallelConfig()
+            chunks = [DistributedDataParallel(self, ddp_config, chunk) for chunk in chunks]
+        return chunks
+
+
+def ensure_process_groups(provider: GPTModelProvider, layout: Layout | None = None) -> None:
+    """torch.distributed and Megatron's groups for the provider's layout; existing groups must have its sizes.
+
+    Raises LayoutError when the world has fewer ranks than the layout needs, or another number.
+    """
+    if not torch.cuda.is_available():
+        cpu_substitutions.install()
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            torch.distributed.init_process_group(backend)
+        else:
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    layout = layout or provider.layout
+    world, needed = torch.distributed.get_world_size(), layout.tp * layout.pp * layout.cp
+    if world % needed or (world // needed * layout.tp * layout.cp) % (layout.expert_tp * layout.ep):
+        raise LayoutError(f"layout {layout} needs a multiple of {layout.world_size} ranks; {world} are running")
+    if parallel_state.model_parallel_is_initialized():
+        have = (parallel_state.get_tensor_model_parallel_world_size(),
+                parallel_state.get_pipeline_model_parallel_world_size(),
+                parallel_state.get_context_parallel_world_size(),
+                parallel_state.get_expert_model_parallel_world_size(),
+                parallel_state.get_expert_tensor_parallel_world_size())
+        want = (layout.tp, layout.pp, layout.cp, layout.ep, layout.expert_tp)
+        if have != want:
+            raise LayoutError(f"process groups exist for tp, pp, cp, ep, etp = {have}; the provider wants {want}")
+    else:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
+            context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.expert_tp)
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(
+        provider.virtual_pipeline_model_parallel_size)
+    if not tensor_parallel.get_cuda_rng_tracker().is_initialized():
+        tensor_parallel.model_parallel_cuda_manual_seed(1234)
+
