@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+import numpy as np
 import torch
 
 CONFIG_FILE = "config.json"
@@ -193,7 +194,7 @@ def _different_elements(name: str, a: torch.Tensor, b: torch.Tensor, chunk_eleme
             count += int(different.sum())
     if first is None:
         return []
-    index = [int(i) for i in torch.unravel_index(torch.tensor(first), a.shape)]
+    index = [int(i) for i in np.unravel_index(first, a.shape)]
     values = f"{flat_a[first].item()} != {flat_b[first].item()}"
     return [f"{name}: {count} of {a.numel()} elements differ, first at {index}: {values}"]
 

@@ -69,6 +69,8 @@ class GPTModelProvider(TransformerConfig):
     def __post_init__(self) -> None:
         """TransformerConfig validates here; a provider waits for finalize(), since users still edit it."""
         self._final = False
+        # Set by AutoBridge: fills the chunks of a model from the checkpoint it was made for.
+        self.weight_loader: Callable[[list], None] | None = None
 
     # -- derived -----------------------------------------------------------------------------------------------------
 
@@ -184,6 +186,8 @@ class GPTModelProvider(TransformerConfig):
             if torch.cuda.is_available():
                 chunk.cuda()
             chunks.append(chunk)
+        if self.weight_loader is not None:
+            self.weight_loader(chunks)
         if wrap_with_ddp:
             ddp_config = DistributedDataParallelConfig()
             chunks = [DistributedDataParallel(self, ddp_config, chunk) for chunk in chunks]

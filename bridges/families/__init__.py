@@ -1,0 +1,7 @@
+"""One short file per family. Every module here is imported when bridges is, so that its registration runs."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,209 @@
+"""AutoBridge: the one class most users import."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedConfig
+
+from bridges.checkpoint import Checkpoint, CheckpointError
+from bridges.checkpoint_writer import CheckpointWriter
+from bridges.conversion import (
+    ConversionTask,
+    Progress,
+    build_tasks,
+    current_layout,
+    export_weights,
+    import_weights,
+    live_export,
+    unused_tensors,
+    unwrap,
+)
+from bridges.hf_pretrained import PreTrainedCausalLM
+from bridges.mapping import MegatronMappingRegistry
+from bridges.model_bridge import ConfigError, MegatronModelBridge
+from bridges.plan import PlanError
+from bridges.provider import GPTModelProvider
+
+# Beside the weights, an exported model needs these files of its source.
+COPIED_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "generation_config.json",
+                "chat_template*", "added_tokens.json", "preprocessor_config.json", "configuration_*.py", "modeling_*.py")
+
+
+class AutoBridge:
+    """Hugging Face <-> Megatron-Core for one model, in any layout.
+
+        bridge = AutoBridge.from_hf_pretrained("org/model")
+        provider = bridge.to_megatron_provider()
+        provider.tensor_model_parallel_size = 2
+        provider.finalize()
+        model = provider.provide_distributed_model(wrap_with_ddp=False)
+        bridge.save_hf_pretrained(model, "exported")
+    """
+
+    def __init__(self, hf_pretrained: PreTrainedCausalLM, bridge: type[MegatronModelBridge] | None = None):
+        if bridge is None:
+            bridge = MegatronModelBridge.find(getattr(hf_pretrained.config, "architectures", None)).bridge
+        bridge.check_config(hf_pretrained.config, hf_pretrained.raw)
+        self.hf_pretrained = hf_pretrained
+        self._model_bridge = bridge()
+
+    # -- making one --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_hf_pretrained(cls, path: str | os.PathLike, trust_remote_code: bool | None = None, *,
+                           bridge: type[MegatronModelBridge] | None = None) -> AutoBridge:
+        """From a checkpoint folder or hub id. `bridge` tries out a bridge class that is not registered.
+
+        Raises ConfigError (architecture, config field, remote code) or CheckpointError.
+        """
+        return cls(PreTrainedCausalLM.open(path, trust_remote_code), bridge)
+
+    @classmethod
+    def from_hf_config(cls, config: PreTrainedConfig) -> AutoBridge:
+        """From a config alone: a provider and a plan, no weights."""
+        return cls(PreTrainedCausalLM(config))
+
+    @classmethod
+    def can_handle(cls, path: str | os.PathLike, trust_remote_code: bool | None = None) -> bool:
+        """Is there a bridge for the model at `path`, and permission to read its config?"""
+        try:
+            MegatronModelBridge.find(getattr(PreTrainedCausalLM.open(path, trust_remote_code).config, "architectures", None))
+        except (ConfigError, CheckpointError):
+            return False
+        return True
+
+    @staticmethod
+    def list_supported_models() -> list[str]:
+        """Architectures that have a bridge."""
+        return MegatronModelBridge.supported()
+
+    # -- configuration -----------------------------------------------------------------------------------------------
+
+    def to_megatron_provider(self, load_weights: bool = True) -> GPTModelProvider:
+        """A provider for the model, still to be finalized. Where there is a checkpoint, the models it provides come with
+        its weights, unless `load_weights` is False."""
+        provider = self._model_bridge.provider_bridge(self.hf_pretrained)
+        if load_weights and self.hf_pretrained.path is not None:
+            provider.perform_initialization = False  # every tensor is about to be written
+            provider.weight_loader = self.load_hf_weights
+        return provider
+
+    @property
+    def transformer_config(self):
+        """The Megatron-Core configuration on one rank, finalized."""
+        return self.to_megatron_provider(load_weights=False).finalize()
+
+    def mapping_registry(self) -> MegatronMappingRegistry:
+        return self._model_bridge.mapping_registry()
+
+    def megatron_to_hf_config(self, provider: GPTModelProvider) -> dict[str, Any]:
+        """config.json for a provider: the source's own file where there is one, with the fields that changed patched."""
+        config = type(self._model_bridge).megatron_to_hf_config(provider)
+        if self.hf_pretrained.raw is None:
+            return config
+        before = type(self._model_bridge).megatron_to_hf_config(self._model_bridge.provider_bridge(self.hf_pretrained))
+        patched = copy.deepcopy(self.hf_pretrained.raw)
+        patched.update({k: v for k, v in config.items() if v != before.get(k)})
+        return patched
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def get_conversion_tasks(self, model, hf_path: str | os.PathLike | None = None) -> list[ConversionTask]:
+        """This rank's parameters with their mappings and copies, in model order."""
+        return self._tasks(model, self._source(hf_path))
+
+    def _source(self, hf_path: str | os.PathLike | None) -> Checkpoint:
+        return Checkpoint.open(hf_path) if hf_path is not None else self.hf_pretrained.checkpoint
+
+    def _tasks(self, model, source: Checkpoint) -> list[ConversionTask]:
+        chunks: Sequence = model if isinstance(model, list | tuple) else [model]
+        shapes = {name: info.shape for name, info in source.tensors.items()}
+        return build_tasks(chunks, self.mapping_registry(), shapes, _config(chunks))
+
+    def load_hf_weights(self, model, hf_path: str | os.PathLike | None = None, *, lossy: bool = False,
+                        progress: Progress | None = None) -> None:
+        """Fill this rank's parameters and buffers from the checkpoint. No collective but one: ranks agree on which
+        tensors were read, so that one nobody reads is an error.
+
+        Raises MappingError, PlanError or CheckpointError for the first tensor that is missing, left over, or unfit.
+        """
+        source = self._source(hf_path)
+        tasks = self._tasks(model, source)
+        self._check_all_used(tasks, source)
+        import_weights(tasks, source, lossy=lossy, progress=progress)
+
+    def _check_all_used(self, tasks: list[ConversionTask], source: Checkpoint) -> None:
+        used = {name for task in tasks for name in (*(c.hf for c in task.copies), task.mirror) if name}
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            everyone: list = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, used)
+            used = set().union(*everyone)
+        if left := unused_tensors(self.mapping_registry(), source.tensors, used, self._model_bridge.IGNORED_TENSORS):
+            more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+            raise PlanError(f"{source.path}: tensor {left[0]} is not used by any Megatron parameter{more}; map it in "
+                            f"{type(self._model_bridge).__name__} or name it in IGNORED_TENSORS with a reason")
+
+    def export_hf_weights(self, model, cpu: bool = True, hf_path: str | os.PathLike | None = None
+                          ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole tensor) in the checkpoint's names, dtypes and order; all ranks must consume it together."""
+        source = self._source(hf_path)
+        tasks = self._tasks(model, source)
+        _, coords = current_layout(_config(model))
+        shapes = {name: info.shape for name, info in source.tensors.items()}
+        yield from live_export(tasks, coords, source.tensors, shapes, lambda n: source.tensors[n].dtype, cpu=cpu)
+
+    def save_hf_pretrained(self, model, path: str | os.PathLike, hf_path: str | os.PathLike | None = None, *,
+                           progress: Progress | None = None) -> None:
+        """Write the model as a Hugging Face folder with the source's tensors, dtypes and files, and its config.json.
+
+        Every rank writes its own blocks in place; nothing carries its final name until all of it is written. Raises
+        CheckpointError for a folder that is not empty or a disk that is too small, leaving nothing behind.
+        """
+        source = self._source(hf_path)
+        tasks = self._tasks(model, source)
+        _, coords = current_layout(_config(model))
+        writer = CheckpointWriter(path, {
+            file: {n: (source.tensors[n].dtype, source.tensors[n].shape) for n in names}
+            for file, names in source.files.items()}, metadata=next(iter(source.metadata.values())), index=source.has_index)
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        _together(writer.create if first else None)
+        try:
+            writer.open()
+            export_weights(tasks, coords, writer.view, progress)
+            writer.flush()
+            _together(None)
+            _together((lambda: writer.commit(self._extra_files(_config(model), source))) if first else None)
+        except BaseException:
+            writer.abort()
+            raise
+
+    def _extra_files(self, provider: GPTModelProvider, source: Checkpoint) -> dict[str, bytes]:
+        files = {file.name: file.read_bytes() for pattern in COPIED_FILES for file in source.path.glob(pattern)}
+        files["config.json"] = (json.dumps(self.megatron_to_hf_config(provider), indent=2) + "\n").encode()
+        return files
+
+
+def _config(model) -> GPTModelProvider:
+    return unwrap(model[0] if isinstance(model, list | tuple) else model).config
+
+
+def _together(action) -> None:
+    """Run `action` on the rank that has one; an error there is raised on every rank, so that nobody waits for ever."""
+    error: list = [None]
+    if action is not None:
+        try:
+            action()
+        except Exception as caught:
+            error = [caught]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        raise error[0]
+

@@ -1,0 +1,124 @@
+"""Two-way rules between config.json fields and provider fields where one field does not simply become another.
+
+A rule names the Hugging Face fields it accounts for and gives both directions; a family lists the rules it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+HF = Any  # a transformers config
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`to_megatron(config)` gives provider fields, `to_hf(provider)` gives config fields; `hf` are those accounted for."""
+
+    hf: tuple[str, ...]
+    to_megatron: Callable[[HF], Fields]
+    to_hf: Callable[[Any], Fields]
+
+
+def _get(config: HF, name: str, default: Any = None) -> Any:
+    """A config field where an absent field and null both mean `default`."""
+    value = getattr(config, name, None)
+    return default if value is None else value
+
+
+# -- rope ----------------------------------------------------------------------------------------------------------
+
+def _rope_to_megatron(config: HF) -> Fields:
+    parameters = dict(_get(config, "rope_parameters", {}))
+    if parameters and all(isinstance(v, dict) for v in parameters.values()):
+        raise ValueError(f"rope_parameters has one entry per layer type ({', '.join(parameters)}): not built for this family")
+    base = parameters.pop("rope_theta", None) or _get(config, "rope_theta") or _get(config, "default_theta", 10000.0)
+    percent = parameters.pop("partial_rotary_factor", None) or _get(config, "partial_rotary_factor", 1.0)
+    scaling = None if parameters.get("rope_type", "default") == "default" else parameters
+    return {"rotary_base": base, "rotary_percent": percent, "rope_scaling": scaling}
+
+
+def _rope_to_hf(provider) -> Fields:
+    fields = {"rope_theta": provider.rotary_base, "rope_scaling": provider.rope_scaling}
+    return fields if provider.rotary_percent == 1.0 else {**fields, "partial_rotary_factor": provider.rotary_percent}
+
+
+ROPE = Rule(("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"), _rope_to_megatron, _rope_to_hf)
+
+
+# -- dtype, head dim -----------------------------------------------------------------------------------------------
+
+def dtype_from_hf(config: HF, default: torch.dtype = torch.float32) -> torch.dtype:
+    """The dtype that a config names (`dtype`, once `torch_dtype`); ValueError for one that torch does not have."""
+    value = _get(config, "dtype", _get(config, "torch_dtype", default))
+    if isinstance(value, str):
+        found = getattr(torch, value.removeprefix("torch."), None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"config dtype {value!r} is not a torch dtype")
+        value = found
+    return value
+
+
+DTYPE = Rule(
+    ("dtype", "torch_dtype"),
+    lambda c: {"params_dtype": (d := dtype_from_hf(c)), "bf16": d == torch.bfloat16, "fp16": d == torch.float16},
+    lambda p: {"torch_dtype": str(p.params_dtype).removeprefix("torch.")})
+
+HEAD_DIM = Rule(
+    ("head_dim",),
+    lambda c: {"kv_channels": _get(c, "head_dim", c.hidden_size // c.num_attention_heads)},
+    lambda p: {"head_dim": p.kv_channels})
+
+
+# -- attention -----------------------------------------------------------------------------------------------------
+
+def _window_to_megatron(config: HF) -> Fields:
+    """HF counts the token itself in `sliding_window`; Megatron's window (w, 0) is w tokens before it."""
+    window = _get(config, "sliding_window")
+    if not window or _get(config, "use_sliding_window", True) is False:
+        return {}
+    fields: Fields = {"window_size": (window - 1, 0)}
+    types = _get(config, "layer_types")
+    if types and "full_attention" in types:
+        fields["window_attn_skip_freq"] = [int(t == "sliding_attention") for t in types]
+    return fields
+
+
+def _window_to_hf(provider) -> Fields:
+    if provider.window_size is None:
+        return {"sliding_window": None, "use_sliding_window": False, "layer_types": None}
+    freq = provider.window_attn_skip_freq
+    types = [("full_attention", "sliding_attention")[f] for f in freq] if freq else None
+    return {"sliding_window": provider.window_size[0] + 1, "use_sliding_window": True, "layer_types": types}
+
+
+WINDOW = Rule(("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+              _window_to_megatron, _window_to_hf)
+
+NO_ROPE_LAYERS = Rule(  # HF: 1 where the layer has rope; Megatron: 1 where it has none
+    ("no_rope_layers", "no_rope_layer_interval"),
+    lambda c: {"no_rope_freq": [1 - r for r in c.no_rope_layers]},
+    lambda p: {"no_rope_layers": [1 - r for r in p.no_rope_freq]})
+
+
+# -- experts -------------------------------------------------------------------------------------------------------
+
+NORM_TOPK = Rule(  # renormalising the chosen probabilities is softmax over the chosen logits
+    ("norm_topk_prob",),
+    lambda c: {"moe_router_pre_softmax": not c.norm_topk_prob},
+    lambda p: {"norm_topk_prob": not p.moe_router_pre_softmax})
+
+
+def _moe_layers_to_megatron(config: HF) -> Fields:
+    dense = set(_get(config, "mlp_only_layers", ()))
+    step = _get(config, "decoder_sparse_step", 1)
+    return {"moe_layer_freq": [int(i not in dense and (i + 1) % step == 0) for i in range(config.num_hidden_layers)]}
+
+
+MOE_LAYERS = Rule(
+    ("mlp_only_layers", "decoder_sparse_step"), _moe_layers_to_megatron,
+    lambda p: {"mlp_only_layers": [i for i, moe in enumerate(p.moe_layer_freq) if not moe], "decoder_sparse_step": 1})

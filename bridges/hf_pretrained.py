@@ -1,0 +1,99 @@
+"""A Hugging Face model as a bridge sees it: its config, and its folder of tensors when there is one.
+
+No model class is imported, and code that a checkpoint ships runs only with permission.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING as HF_CONFIG_CLASSES
+from transformers import AutoConfig, PreTrainedConfig
+
+from bridges.checkpoint import Checkpoint, CheckpointError
+from bridges.model_bridge import ConfigError
+
+# Organisations whose hub repositories may run their own code without being asked for each.
+SAFE_REPOS: list[str] = ["deepseek-ai", "google", "llava-hf", "meta-llama", "mistralai", "moonshotai", "nvidia", "openai",
+                         "Qwen"]
+
+
+def is_safe_repo(hf_path: str | os.PathLike, trust_remote_code: bool | None = None) -> bool:
+    """May code shipped with `hf_path` run? An explicit answer counts; else hub ids `org/model` of SAFE_REPOS.
+
+    A local path says nothing about where its files are from, so it needs the explicit answer, whatever it looks like.
+    """
+    if trust_remote_code is not None:
+        return trust_remote_code
+    parts = str(hf_path).split("/")
+    return not Path(hf_path).exists() and len(parts) == 2 and parts[0] in SAFE_REPOS
+
+
+class PreTrainedCausalLM:
+    """`config` (a transformers config), `raw` (config.json as it stands), `checkpoint` (opened when first asked for)."""
+
+    def __init__(self, config: PreTrainedConfig, raw: dict[str, Any] | None = None, path: Path | None = None):
+        self.config, self.raw, self.path = config, raw, path
+        # transformers 5 moved these into rope_parameters; bridges written for hub configs read them by name.
+        for name, value in {**(raw or {}), **dict(getattr(config, "rope_parameters", None) or {})}.items():
+            if name in ("rope_theta", "partial_rotary_factor") and not hasattr(config, name):
+                setattr(config, name, value)
+
+    @classmethod
+    def open(cls, hf_path: str | os.PathLike, trust_remote_code: bool | None = None) -> PreTrainedCausalLM:
+        """From a local folder or a hub id (which the hub's cache must hold when HF_HUB_OFFLINE is set).
+
+        Raises ConfigError when the model needs code of its own and there is no permission to run it.
+        """
+        path = Path(hf_path)
+        if not path.is_dir():
+            path = _hub_folder(str(hf_path))
+        file = path / "config.json"
+        if not file.is_file():
+            raise CheckpointError(f"{path} has no config.json: give a folder as save_pretrained writes it")
+        try:
+            raw = json.loads(file.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{file} is not JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{file} does not hold a JSON object")
+        return cls(load_config(raw, path, is_safe_repo(hf_path, trust_remote_code)), raw, path)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        if self.path is None:
+            raise CheckpointError("this bridge was made from a config alone: it has no weights; give hf_path")
+        return Checkpoint.open(self.path)
+
+
+def load_config(raw: dict[str, Any], path: Path, trusted: bool) -> PreTrainedConfig:
+    """The config object of a config.json. A model type that transformers does not have becomes a plain config, unless the
+    checkpoint ships code for it: that runs only when `trusted`."""
+    model_type = raw.get("model_type")
+    try:
+        if model_type in HF_CONFIG_CLASSES:
+            return HF_CONFIG_CLASSES[model_type].from_dict(dict(raw))
+        if raw.get("auto_map"):
+            if not trusted:
+                raise ConfigError(f"{path} ships its own code (auto_map) for model type {model_type!r} and may not run it "
+                                  "(trust_remote_code=False): pass trust_remote_code=True if you trust it")
+            return AutoConfig.from_pretrained(path, trust_remote_code=True)
+        return PreTrainedConfig.from_dict(dict(raw))
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers' strict configs raise their own kinds
+        raise ConfigError(f"{path}/config.json: {str(error).strip().splitlines()[0]}") from error
+
+
+def _hub_folder(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]))
+    except Exception as error:
+        raise CheckpointError(f"{repo} is neither a folder nor a model that the hub (or its cache) gives: "
+                              f"{str(error).splitlines()[0]}") from None
