@@ -43,6 +43,31 @@ TORCH_CUDA: dict[str, Any] = {
 }
 
 
+def _all_gather(outputs, tensor, group=None, async_op=False, *, original=torch.distributed.all_gather):
+    """NCCL gathers tensors of unequal lengths, gloo does not: pad to the longest."""
+    longest = max(o.size(0) for o in outputs)
+    if all(o.size(0) == longest for o in outputs):
+        return original(outputs, tensor, group=group, async_op=async_op)
+    padded = tensor.new_zeros(longest, *tensor.shape[1:])
+    padded[: tensor.size(0)] = tensor
+    whole = [torch.empty_like(padded) for _ in outputs]
+    original(whole, padded, group=group)
+    for output, piece in zip(outputs, whole, strict=True):
+        output.copy_(piece[: output.size(0)])
+    return None
+
+
+def _reduce_scatter(output, inputs, op=torch.distributed.ReduceOp.SUM, group=None, async_op=False):
+    """Gloo has no reduce_scatter of a list: reduce all of it and keep this rank's piece."""
+    whole = torch.cat(inputs)
+    torch.distributed.all_reduce(whole, op=op, group=group)
+    output.copy_(whole.split([i.size(0) for i in inputs])[torch.distributed.get_rank(group)])
+
+
+# torch.distributed functions that gloo has only in part.
+TORCH_DISTRIBUTED: dict[str, Any] = {"all_gather": _all_gather, "reduce_scatter": _reduce_scatter}
+
+
 def _numpy_split_sizes(tensor, as_numpy: bool = False, record_stream: bool = False):
     """Megatron leaves CPU tensors alone here, but torch's all_to_all wants its split sizes as numbers."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
@@ -93,6 +118,8 @@ def install() -> None:
         raise RuntimeError("a GPU is present: the CPU substitutions are for machines without one")
     for name, replacement in TORCH_CUDA.items():
         setattr(torch.cuda, name, replacement)
+    for name, replacement in TORCH_DISTRIBUTED.items():
+        setattr(torch.distributed, name, replacement)
     for (module, attribute), replacement in _megatron_symbols().items():
         home = importlib.import_module(module)
         if not hasattr(home, attribute):

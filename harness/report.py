@@ -1,31 +1,27 @@
-"""What a verification found: cells, the report that holds them, its JSON and its terminal forms.
+"""What a verification found: cells, and the report of them as JSON and in a terminal (as a page: html.py).
 
-A cell is one check of one row (toy model) in one layout. The report alone decides whether a run is green, so its
-rule is strict: nothing failed, nothing broke, and something was compared. The page is html.py's.
+A cell is one check of one row (toy model) in one layout. Green means: none failed or broke, and some passed.
 """
-
-from __future__ import annotations
 
 import json
 import math
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 Status = Literal["fail", "error", "pass", "skip"]  # worst first; a skip is no evidence, so a pass outranks it
 STATUSES: tuple[Status, ...] = get_args(Status)
-CHECKS = ("config", "complete", "roundtrip", "logits", "grads", "reload", "invert", "flops")
 WORDS = {"fail": "FAIL", "error": "ERROR", "pass": "ok", "skip": "skip"}  # a log has no colour
 STYLES = {"fail": "bold red", "error": "bold magenta", "pass": "green", "skip": "dim", "none": ""}
 
@@ -36,20 +32,17 @@ def worst(statuses: Iterable[str]) -> str:
 
 def number(x: float, digits: int = 1) -> str:
     """`1.2e-06`, `0.25`, `12,345`."""
-    if not math.isfinite(x):
-        return str(x)
-    return f"{x:,.0f}" if x == int(x) else f"{x:,.2f}" if abs(x) >= 0.1 else f"{x:.{digits}e}"
+    plain = x == 0 or 0.1 <= abs(x) < 1e6
+    return f"{x:.{digits}e}" if not plain else f"{x:,.0f}" if x % 1 == 0 else f"{x:,.2f}"
 
 
 def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds:.{1 if seconds >= 10 else 2}f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One comparison. `value` passes at or below `limit`; either is None where the check has no such number."""
+    """One comparison. A `value` passes at or below its `limit`; None where the check has no such number."""
 
     row: str
     layout: str
@@ -75,17 +68,17 @@ class Cell:
         """`2.3e-02 > 1.0e-04 rel rms`: value, limit and unit as far as they are known."""
         if self.value is None:
             return ""
-        against = () if self.limit is None else ("<=" if self.value <= self.limit else ">", number(self.limit))
-        return " ".join(filter(None, (number(self.value), *against, self.unit)))
+        limit = [] if self.limit is None else ["<=" if self.value <= self.limit else ">", number(self.limit)]
+        return " ".join([number(self.value), *limit, self.unit]).rstrip()
 
     @property
     def margin(self) -> float | None:
-        """log10(value / limit): 0 at the limit, -inf if exact, inf for NaN or a difference where none may be."""
+        """log10(value / limit): 0 at the limit, -inf if exact, inf for NaN or a difference from exact."""
         if self.value is None or self.limit is None:
             return None
         if math.isnan(self.value) or self.value > 0 >= self.limit:
             return math.inf
-        return math.log10(self.value / self.limit) if self.value > 0 else -math.inf
+        return math.log10(self.value) - math.log10(self.limit) if self.value > 0 else -math.inf
 
 
 @dataclass
@@ -99,12 +92,10 @@ class Report:
     speed: dict[str, Any] = field(default_factory=dict)
 
     def axes(self) -> tuple[list[str], list[str], list[str]]:
-        """Rows and layouts in order of appearance, planned ones first, and checks in the order of CHECKS."""
-        rows = [r["row"] for r in self.rows] + [c.row for c in self.cells]
-        layouts = [x for r in self.rows for x in r["layouts"]] + [c.layout for c in self.cells]
-        checks = dict.fromkeys(c.check for c in self.cells)
-        known = [c for c in CHECKS if c in checks]
-        return list(dict.fromkeys(rows)), list(dict.fromkeys(layouts)), list(dict.fromkeys(known + [*checks]))
+        """Names of rows, layouts and checks in order of appearance, planned ones first."""
+        rows = dict.fromkeys([*(r["row"] for r in self.rows), *(c.row for c in self.cells)])
+        layouts = [*(x for r in self.rows for x in r["layouts"]), *(c.layout for c in self.cells)]
+        return list(rows), list(dict.fromkeys(layouts)), list(dict.fromkeys(c.check for c in self.cells))
 
     def summary(self) -> dict[str, float]:
         count = Counter(c.status for c in self.cells)
@@ -118,12 +109,6 @@ class Report:
     def exit_code(self) -> int:
         return 0 if self.ok else 1
 
-    @property
-    def verdict(self) -> str:
-        good, fail, error, *_ = self.summary().values()
-        bad = f"{fail + error:,} of {good + fail + error:,} comparisons do not pass"
-        return f"all {good:,} comparisons pass" if self.ok else bad if fail + error else "nothing was compared"
-
     def to_json(self) -> dict[str, Any]:
         """The shape that `verify --json` promises; NaN and infinities as strings, for strict parsers."""
         data = {"rows": self.rows, "cells": [asdict(c) for c in self.cells], "summary": self.summary(),
@@ -132,10 +117,8 @@ class Report:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        real = {"value": float, "limit": float, "seconds": float}
-        cells = [Cell(**{k: real[k](v) if k in real and v is not None else v for k, v in c.items()})
-                 for c in data["cells"]]
-        return cls(data["rows"], cells, data["environment"], data["summary"]["seconds"], data.get("speed", {}))
+        cells = [Cell(**c | {k: c[k] and float(c[k]) for k in ("value", "limit")}) for c in data["cells"]]
+        return cls(data["rows"], cells, data["environment"], data["summary"]["seconds"], data["speed"])
 
     def save_json(self, path: str | Path) -> None:
         """`-` is standard output."""
@@ -144,16 +127,14 @@ class Report:
 
     def save_html(self, path: str | Path) -> None:
         from harness.html import page  # that module reads this one
-
         _write(Path(path), page(self))
 
 
 def _write(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of one; a pipe or a device is written in place."""
+    """A reader sees the old file or the new one, never half of one; a pipe or device is written in place."""
     part = path if path.exists() and not path.is_file() else path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text, encoding="utf-8", errors="replace")
-    if part != path:
-        part.replace(path)
+    part.replace(path)  # onto itself: nothing
 
 
 def _tally(cells: list[Cell], digits: int | None = None) -> Text:
@@ -162,61 +143,56 @@ def _tally(cells: list[Cell], digits: int | None = None) -> Text:
     same, ran = [c for c in cells if c.status == status], sum(c.status != "skip" for c in cells)
     text = f"{len(same)}{f'/{ran}' if status in ('fail', 'error') else ''} {WORDS[status]}" if cells else ""
     near = [(c.margin, c.value) for c in same if c.value and c.margin is not None]
-    return Text(text + (f"  {number(max(near)[1], digits)}" if near and digits is not None else ""), STYLES[status])
-
-
-def _line(c: Cell) -> Text:
-    return Text.assemble((f"{WORDS[c.status]:6}", STYLES[c.status]), f"{c.row}  {c.layout}  {c.check}  {c.says}")
+    text += f"  {number(max(near)[1], digits)}" if near and digits is not None else ""
+    return Text(text, STYLES[status])
 
 
 def print_table(report: Report, console: Console) -> None:
     """A line per row, a column per check; then every failure, the skips by reason, the summary, the speed."""
-    rows, _, checks = report.axes()
+    (rows, _, checks), found = report.axes(), defaultdict(list)
+    for c in report.cells:
+        found[c.row, c.check].append(c)
     for digits in (1, 0, None):  # narrower values, then none, until the table fits
         table = Table("row", *map(escape, checks), box=None, padding=(0, 2, 0, 0))
         for row in rows:
-            of = {k: [c for c in report.cells if (c.row, c.check) == (row, k)] for k in checks}
-            table.add_row(Text(row), *(_tally(cells, digits) for cells in of.values()))
+            table.add_row(Text(row), *(_tally(found[row, check], digits) for check in checks))
         if console.measure(table).maximum <= console.width:
             break
     console.print(table)
-    for c in (c for s in ("fail", "error") for c in report.cells if c.status == s):
-        console.print(_line(c), Padding(Text(c.detail), (0, 0, 0, 6)))
+    for c in (c for status in ("fail", "error") for c in report.cells if c.status == status):
+        lines = [f"{c.row}  {c.layout}  {c.check}  {c.says}", *c.detail.splitlines()]
+        console.print(Text.assemble((f"{WORDS[c.status]:6}", STYLES[c.status]), "\n      ".join(lines)))
     for reason, count in Counter(c.detail for c in report.cells if c.status == "skip").most_common():
         console.print(Text(f"{WORDS['skip']:6}{count:,} x {reason}", STYLES["skip"]))
     *counts, (_, seconds) = report.summary().items()
-    console.print(Text(report.verdict, STYLES["pass" if report.ok else "fail"]),
-                  f"({', '.join(f'{n:,} {s}' for s, n in counts)}; {duration(seconds)})", highlight=False)
-    if report.speed:
-        console.print(Text("speed " + ", ".join(f"{k} {figure(v)}" for k, v in report.speed.items())))
+    line = ", ".join(f"{n:,} {status}" for status, n in counts) + f" in {duration(seconds)}"
+    console.print(Text(f"{'ok' if report.ok else 'NOT OK'}: {line}", STYLES["pass" if report.ok else "fail"]))
+    if speed := ", ".join(f"{k} {number(v) if isinstance(v, float) else v}" for k, v in report.speed.items()):
+        console.print(Text(f"speed: {speed}"))
 
 
-class ProgressPrinter:
-    """A bar of rows x layouts on a terminal; elsewhere a line per finished row. Cells must come row by row."""
+class ProgressPrinter(AbstractContextManager):
+    """A bar of rows x layouts on a terminal, elsewhere a line per finished row. Cells come row by row."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self.bar = Progress(console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.task, self.row = self.bar.add_task("", total=None), list[Cell]()
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._finish_row()
-        self.bar.stop()
+        self.row: list[Cell] = []
 
     def start(self, total: int) -> None:
-        """`total` = rows x layouts."""
-        self.bar.update(self.task, total=total)
+        self.task = self.bar.add_task("", total=total)
+        self.bar.start()
 
     def cell(self, cell: Cell) -> None:
         if self.row and self.row[0].row != cell.row:
             self._finish_row()
-        new = cell.layout not in {c.layout for c in self.row}
+        new = cell.layout not in {c.layout for c in self.row}  # the bar counts rows x layouts
         self.bar.update(self.task, advance=new, description=escape(f"{cell.row} {cell.layout}"))
         self.row.append(cell)
+
+    def __exit__(self, *_: object) -> None:
+        self._finish_row()
+        self.bar.stop()
 
     def _finish_row(self) -> None:
         if self.row and not self.console.is_terminal:

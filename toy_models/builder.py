@@ -21,18 +21,18 @@ def rows() -> list[str]:
 
 
 def config_dict(row: str) -> dict:
-    """The row's hub-style config.json; a twin (`_base` and overrides) comes merged. ValueError: unknown row."""
-    if row not in rows():
-        near = difflib.get_close_matches(row, rows(), cutoff=0.3) or rows()
-        raise ValueError(f"no toy row {row!r}; nearest: {', '.join(near)}")
-    return copy.deepcopy(_read(row))
+    """The row's hub-style config.json, a twin merged with its base. ValueError: unknown row."""
+    return {key: copy.deepcopy(value) for key, value in _read(row).items() if not key.startswith("_")}
 
 
 @cache
 def _read(row: str) -> dict:
+    """The row's file over its base's. Keys with an underscore are ours: `_base`, `_inputs_seed`."""
+    if row not in rows():
+        near = difflib.get_close_matches(row, rows(), cutoff=0.3) or rows()
+        raise ValueError(f"no toy row {row!r}; nearest: {', '.join(near)}")
     config = json.loads((ROWS / f"{row}.json").read_text())
-    base = config.pop("_base", None)
-    return {**_read(base), **config} if base else config
+    return {**_read(config["_base"]), **config} if "_base" in config else config
 
 
 def hf_config(row: str) -> PretrainedConfig:
@@ -41,11 +41,13 @@ def hf_config(row: str) -> PretrainedConfig:
     return CONFIG_MAPPING[config["model_type"]].from_dict(config)
 
 
-def build(row: str, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "eager") -> PreTrainedModel:
+def build(
+    row: str, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "eager"
+) -> PreTrainedModel:
     """The row's HF model in eval mode, every parameter and persistent buffer random.
 
-    The random values are float32, rounded to `dtype` if that is narrower. Experts run HF's plain loop over experts
-    and not a grouped kernel.
+    The random values are float32, rounded to `dtype` if that is narrower. A mixture of experts runs HF's
+    plain loop over experts and not a grouped kernel.
     """
     model = AutoModelForCausalLM.from_config(
         hf_config(row), dtype=dtype, attn_implementation=attn_implementation, experts_implementation="eager"
@@ -57,10 +59,11 @@ def build(row: str, *, dtype: torch.dtype = torch.float32, attn_implementation: 
 def inputs(row: str) -> torch.Tensor:
     """Token ids, int64 [4, 24], the same in every run and different for every row.
 
-    24 tokens are more than any row's sliding window. The padding id is left out: HF gives its embedding row no
-    gradient, Megatron does.
+    24 tokens are more than any row's sliding window. The padding id is left out: HF gives its embedding row
+    no gradient, Megatron does. Where a token's last chosen expert and the next nearly tie, rounding decides
+    and comparing logits means nothing; such a row's file names another `_inputs_seed`.
     """
-    config = config_dict(row)
+    config = _read(row)
     allowed = [i for i in range(config["vocab_size"]) if i != config.get("pad_token_id")]
-    raw = generator(f"inputs of {row}").random_raw(BATCH * SEQUENCE)
+    raw = generator(f"inputs of {row}", config.get("_inputs_seed", 0)).random_raw(BATCH * SEQUENCE)
     return torch.tensor([allowed[int(bits) % len(allowed)] for bits in raw]).view(BATCH, SEQUENCE)

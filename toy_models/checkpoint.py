@@ -1,4 +1,4 @@
-"""Checkpoint folders as a hub repository has them: published tensor names, several shards, hub-style config.json."""
+"""Checkpoint folders as hub repositories have them: published names, several shards, hub-style config."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from toy_models.builder import build, config_dict
-from toy_models.randomise import kind_of, named_tensors, random_blocks
+from toy_models.randomise import SEED, kind_of, named_tensors, random_blocks
 
 _SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -20,16 +20,17 @@ _SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float1
 def write(row: str, folder: str | Path, *, dtype: torch.dtype | None = None, shards: int = 3) -> Path:
     """Write the row's model as a checkpoint folder and return the folder.
 
-    dtype: of the tensors and of config.json's torch_dtype; None keeps the row's own. shards: how many files to aim
-    for; with one there is no index file. The names on disk are the published ones (Mixtral's
-    `block_sparse_moe.experts.0.w1`, ...), which transformers restores on saving for all rows here; config.json is
-    the row's own dict, because the one that transformers saves is not in the hub's format (`rope_parameters`, ...).
+    dtype: of the tensors and of config.json's torch_dtype; None keeps the row's own. shards: how many files
+    to aim for; with one there is no index file. The names on disk are the published ones (Mixtral's
+    `block_sparse_moe.experts.0.w1`, ...), which transformers restores on saving for every row here.
+    config.json is the row's own dict: the one that transformers saves is not in the hub's format
+    (`rope_parameters`, ...).
     """
     if shards < 1:
         raise ValueError(f"shards={shards}: a checkpoint has at least one file")
     folder = Path(folder)
     config = config_dict(row)
-    dtype = dtype or getattr(torch, config["torch_dtype"])
+    dtype = getattr(torch, config["torch_dtype"]) if dtype is None else dtype
     model = build(row, dtype=dtype)
     sizes = [tensor.nbytes for tensor in named_tensors(model).values()]
     # Files are filled one after another, so each but the last ends at most one tensor short of its limit.
@@ -40,14 +41,14 @@ def write(row: str, folder: str | Path, *, dtype: torch.dtype | None = None, sha
 
 
 def write_config_checkpoint(
-    config: dict, folder: str | Path, *, dtype: torch.dtype, max_shard_bytes: int, seed: int = 0
+    config: dict, folder: str | Path, *, dtype: torch.dtype, max_shard_bytes: int, seed: int = SEED
 ) -> Path:
-    """Write a checkpoint for a hub-style config of any size with the weights of `random_tensor`; return the folder.
+    """Write a checkpoint of `random_tensor` weights for a hub-style config of any size; return the folder.
 
-    The model exists only on the meta device; values are made and written a block at a time by a thread per core, so
-    memory stays at a few MiB. A tensor larger than `max_shard_bytes` gets a file of its own. ValueError for a model
-    whose in-memory names are not the published ones (mixtures of experts) and for a dtype other than float32,
-    bfloat16 and float16.
+    The model exists only on the meta device; values are made and written a block at a time by a thread per
+    core, so memory stays at a few MiB. A tensor larger than `max_shard_bytes` gets a file of its own.
+    ValueError for a model whose in-memory names are not the published ones (mixtures of experts) and for a
+    dtype other than float32, bfloat16 and float16.
     """
     if dtype not in _SAFETENSORS_DTYPE:
         raise ValueError(f"{dtype}: a checkpoint here is one of {', '.join(map(str, _SAFETENSORS_DTYPE))}")
@@ -56,23 +57,24 @@ def write_config_checkpoint(
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
     if get_model_conversion_mapping(model, add_legacy=False):
         raise ValueError(
-            f"{config['model_type']}: transformers renames or fuses this model's tensors, so the names in memory are "
-            "not the published ones; use a dense model, or write(row, folder) for a toy"
+            f"{config['model_type']}: transformers renames or fuses this model's tensors, so its names in "
+            "memory are not the published ones; use a dense model, or write(row, folder) for a toy"
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", {**config, "torch_dtype": str(dtype).removeprefix("torch.")})
 
-    shards = _fill_shards({name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}, max_shard_bytes)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    shards = _fill_shards(sizes, max_shard_bytes)
     weight_map = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number, shard in enumerate(shards, start=1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+            file = f"model{part}.safetensors"
             weight_map |= dict.fromkeys(shard, file)
             _write_shard(folder / file, {name: shapes[name] for name in shard}, dtype, seed, pool)
     if len(shards) > 1:
-        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
     return folder
 
@@ -113,7 +115,9 @@ def _write_shard(
             job.result()
 
 
-def _write_tensor(file: BinaryIO, offset: int, name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
+def _write_tensor(
+    file: BinaryIO, offset: int, name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int
+) -> None:
     for block in random_blocks(name, shape, seed=seed, kind=kind_of(name, shape)):
         data = torch.from_numpy(block).to(dtype).view(torch.uint8).numpy()
         offset += os.pwrite(file.fileno(), data, offset)

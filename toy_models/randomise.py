@@ -1,9 +1,10 @@
 """Weights from a counter-based generator: a tensor's values follow from (seed, name) and from nothing else.
 
-HF's own initialisation sets norms to one and biases to zero, which hides a forgotten norm, a swapped bias or a
-tensor loaded twice. Here every tensor is random and no two are alike. The bits come from Philox keyed by a hash of
-the name, and become floats by shifts, one conversion, one multiplication and at most one addition, all of them
-exactly specified by IEEE 754: the same bits on every machine, whatever the order in which tensors are made.
+HF's own initialisation sets norms to one and biases to zero, which hides a forgotten norm, a swapped bias
+or a tensor loaded twice. Here every tensor is random and no two are alike. The bits come from Philox keyed
+by a hash of the name, and become floats by a shift, one conversion, one multiplication and at most one
+addition, all exactly specified by IEEE 754: the same values on every machine, in whatever order tensors are
+made.
 """
 
 import hashlib
@@ -15,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-# What a tensor is for, from its in-memory name and its number of dimensions. A name that no line covers is refused:
-# a new family's A_log or conv1d needs a scale of its own, and a wrong one makes a toy that is blind to it.
+# What a tensor is for, from its in-memory name and its number of dimensions. A name that no line covers is
+# refused: a new family's A_log or conv1d needs a scale of its own, and a wrong one makes a toy blind to it.
 _ROLES = [
     (r"norm\.weight$", 1, "norm"),
     (r"\.bias$", 1, "bias"),
@@ -25,6 +26,7 @@ _ROLES = [
     (r"\.experts\.(gate_up|down)_proj$", 3, "matrix"),  # fused experts [E, out, in]
 ]
 
+SEED = 0
 _BLOCK = 1 << 18  # values per step: 1 MiB of float32, so that all passes over a block stay in the cache
 
 
@@ -39,26 +41,27 @@ def kind_of(name: str, shape: Sequence[int]) -> str:
     )
 
 
-def generator(name: str, seed: int = 0) -> np.random.Philox:
+def generator(name: str, seed: int = SEED) -> np.random.Philox:
     """The bit generator of one name; its `random_raw` stream is part of numpy's compatibility promise."""
     key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
     return np.random.Philox(key=int.from_bytes(key, "little"))
 
 
-def random_tensor(name: str, shape: Sequence[int], *, seed: int = 0, kind: str) -> np.ndarray:
+def random_tensor(name: str, shape: Sequence[int], *, seed: int = SEED, kind: str) -> np.ndarray:
     """float32 values of `shape`, uniform around their mean with no value exactly at it.
 
-    kind "matrix": standard deviation 1.5 / sqrt(last dim), so that activations keep their size and attention and
-    routers are far from uniform; "embedding": standard deviation 1; "norm": 1 +- 0.3; "bias": +- 0.3.
-    ValueError for another kind.
+    kind "matrix": standard deviation 1.5 / sqrt(last dim), so that activations keep their size and attention
+    and routers are far from uniform; "embedding": standard deviation 1; "norm": 1 +- 0.3; "bias": +- 1, as
+    the softmax all but cancels a key bias and a smaller one would hardly show in the logits. ValueError for
+    another kind.
     """
     blocks = list(random_blocks(name, shape, seed=seed, kind=kind))
     return np.concatenate(blocks).reshape(shape)
 
 
-def random_blocks(name: str, shape: Sequence[int], *, seed: int = 0, kind: str) -> Iterator[np.ndarray]:
-    """The values of `random_tensor`, flattened, a block at a time: for tensors that need not be held whole."""
-    scales = {"matrix": 1.5 * math.sqrt(3 / shape[-1]), "embedding": math.sqrt(3), "norm": 0.3, "bias": 0.3}
+def random_blocks(name: str, shape: Sequence[int], *, seed: int = SEED, kind: str) -> Iterator[np.ndarray]:
+    """The values of `random_tensor`, flattened, a block at a time, for tensors too large to hold."""
+    scales = {"matrix": 1.5 * math.sqrt(3 / shape[-1]), "embedding": math.sqrt(3), "norm": 0.3, "bias": 1}
     if kind not in scales:
         raise ValueError(f"{name}: kind {kind!r} is none of {', '.join(scales)}")
     scale = np.float32(scales[kind] / 2**24)
@@ -86,11 +89,11 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def randomise(model: nn.Module, seed: int = 0) -> None:
+def randomise(model: nn.Module, seed: int = SEED) -> None:
     """Overwrite every parameter and persistent buffer in place, keyed by its in-memory name.
 
-    Non-persistent buffers (rotary frequencies) stay as they are: they follow from the config. ValueError, before
-    anything is written, if the role of one tensor is unknown.
+    Non-persistent buffers (rotary frequencies) stay as they are: they follow from the config. ValueError,
+    before anything is written, if the role of one tensor is unknown.
     """
     tensors = named_tensors(model)
     kinds = {name: kind_of(name, tensor.shape) for name, tensor in tensors.items()}
@@ -100,7 +103,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 
 
 def weights_hash(weights: nn.Module | Mapping[str, torch.Tensor]) -> str:
-    """sha256 over name, dtype, shape and bytes of every tensor, sorted by name; a model gives its state dict."""
+    """sha256 over name, dtype, shape and bytes of every tensor by name; a model means its state dict."""
     tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
     digest = hashlib.sha256()
     for name in sorted(tensors):

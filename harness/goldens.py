@@ -1,0 +1,251 @@
+"""Goldens: the logits of Hugging Face's own implementation, stored with the evidence for them.
+
+`goldens/<row>.safetensors` holds the tensors and, as its only metadata entry (safetensors with several is
+not stable byte for byte), a JSON string `provenance`. It names neither dates nor machines, so regenerating
+gives the same bytes.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch.overrides import TorchFunctionMode
+
+import goldens
+import toy_models
+from harness.compare import relative_rms
+
+FOLDER = Path(goldens.__file__).parent
+GATE = 1e-4  # relative RMS that a Megatron model's logits may differ by, in fp32
+NOISE_FACTOR = 10  # a gate is never below this many times the row's own noise
+LIBRARIES = ("goldengate", "numpy", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A row's reference values.
+
+    `tensors` has at least `inputs`, int64 [batch, sequence], and `logits`, float32 [batch, sequence,
+    vocab]; further references (MTP logits, gradient fingerprints) are further keys. `provenance` says where
+    they come from: row, config_hash, weights_hash, tensors_hash, seed, versions, command, reason, noise
+    (relative RMS of fp32_vs_fp64 and eager_vs_sdpa) and gate (the relative RMS limit).
+    """
+
+    row: str
+    tensors: dict[str, torch.Tensor]
+    provenance: dict
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        return self.tensors["inputs"]
+
+    @property
+    def logits(self) -> torch.Tensor:
+        return self.tensors["logits"]
+
+    @property
+    def gate(self) -> float:
+        return self.provenance["gate"]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What a regeneration changes.
+
+    `value` is the relative RMS of the new logits against the old, None without an old golden, infinite if
+    the shapes differ. `changed` names what differs in the provenance: config, weights, inputs, a library's
+    version.
+    """
+
+    row: str
+    value: float | None
+    changed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"{self.row}: new golden"
+        return f"{self.row}: logits drift {self.value:.3g}; changed: {', '.join(self.changed) or 'nothing'}"
+
+
+def path(row: str) -> Path:
+    """Where the row's golden lies, or would."""
+    return FOLDER / f"{row}.safetensors"
+
+
+def list_goldens() -> list[str]:
+    """The rows that have a golden file, sorted."""
+    return sorted(file.name.removesuffix(".safetensors") for file in FOLDER.glob("*.safetensors"))
+
+
+def missing() -> list[str]:
+    """Rows without a golden."""
+    return sorted(set(toy_models.rows()) - set(list_goldens()))
+
+
+def orphans() -> list[str]:
+    """Goldens without a row."""
+    return sorted(set(list_goldens()) - set(toy_models.rows()))
+
+
+def regen_command(row: str, reason: str = "...") -> str:
+    """The command line that makes the row's golden."""
+    quoted = '"..."' if reason == "..." else shlex.quote(reason)
+    return f"goldengate golden regen {shlex.quote(row)} --reason {quoted}"
+
+
+def hash_config(config: Mapping) -> str:
+    """sha256 of a config dict, independent of the order of its keys."""
+    return hashlib.sha256(_canonical(config).encode()).hexdigest()
+
+
+def load(row: str) -> Golden:
+    """Read the row's golden. ValueError, with the command that makes it, if it is missing or was edited."""
+    toy_models.config_dict(row)  # names the nearest rows if there is no such row
+    if not path(row).exists():
+        raise ValueError(f"row {row} has no golden; make it with: {regen_command(row)}")
+    golden = _read(row)
+    if golden.provenance["tensors_hash"] != toy_models.weights_hash(golden.tensors):
+        raise ValueError(
+            f"golden of row {row}: the tensors do not match the hash in its provenance; restore the file, "
+            f"or make it anew with: {regen_command(row)}"
+        )
+    return golden
+
+
+def compute(row: str, reason: str, command: str) -> Golden:
+    """The row's golden from HF in fp32 with eager attention on the CPU; nothing is written.
+
+    Noise is measured against fp64 with the same weights and against sdpa attention. ValueError without a
+    reason, and while either differs by more than 1e-4: then the reference itself is in doubt.
+    """
+    if not reason.strip():
+        raise ValueError(f"row {row}: a golden needs a reason; give one with: {regen_command(row)}")
+    ids = toy_models.inputs(row)
+    model = toy_models.build(row)
+    logits = _logits(model, ids)
+    sdpa = _logits(toy_models.build(row, attn_implementation="sdpa"), ids)
+    with _Double():
+        exact = _logits(toy_models.build(row, dtype=torch.float64), ids)
+    noise = {
+        "eager_vs_sdpa": _three_digits(relative_rms(sdpa, logits)),
+        "fp32_vs_fp64": _three_digits(relative_rms(logits, exact)),
+    }
+    if noise["eager_vs_sdpa"] > GATE:
+        raise ValueError(
+            f"row {row}: HF's eager and sdpa attention differ by {noise['eager_vs_sdpa']} (limit {GATE}), so "
+            "neither can be the reference; find out which is wrong before making a golden"
+        )
+    if noise["fp32_vs_fp64"] > GATE:
+        raise ValueError(
+            f"row {row}: HF in fp32 and in fp64 differ by {noise['fp32_vs_fp64']} (limit {GATE}), as when "
+            f"two experts tie and rounding picks one; try another _inputs_seed in toy_models/rows/{row}.json"
+        )
+    tensors = {"inputs": ids, "logits": logits}
+    provenance = {
+        "row": row,
+        "config_hash": hash_config(toy_models.config_dict(row)),
+        "weights_hash": toy_models.weights_hash(model),
+        "tensors_hash": toy_models.weights_hash(tensors),
+        "seed": toy_models.SEED,
+        "versions": {library: version(library) for library in LIBRARIES},
+        "command": command,
+        "reason": reason,
+        "noise": noise,
+        "gate": max(GATE, _three_digits(NOISE_FACTOR * max(noise.values()))),
+    }
+    return Golden(row, tensors, provenance)
+
+
+def regen(row: str, reason: str) -> Drift:
+    """Make the row's golden anew, replace the file in one step, return the drift. Errors: see `compute`."""
+    new = compute(row, reason, regen_command(row, reason))
+    drift = _drift(new)
+    data = save(new.tensors, {"provenance": _canonical(new.provenance)})
+    temporary = FOLDER / f".{row}.tmp"
+    temporary.write_bytes(data)
+    os.replace(temporary, path(row))
+    return drift
+
+
+def diff(row: str) -> Drift:
+    """What `regen` would change, without writing. ValueError: see `compute`."""
+    return _drift(compute(row, "comparison only", regen_command(row)))
+
+
+def check_fresh(row: str, config_hash: str, weights_hash: str) -> str | None:
+    """An error text if the row's golden was made from another config or other weights, else None."""
+    provenance = load(row).provenance
+    current = {"config": config_hash, "weights": weights_hash}
+    stale = [what for what, value in current.items() if provenance[f"{what}_hash"] != value]
+    if not stale:
+        return None
+    return (
+        f"golden of row {row} is stale: it was made from another {' and other '.join(stale)}; "
+        f"undo the change, or make it anew with: {regen_command(row)}"
+    )
+
+
+def _three_digits(value: float) -> float:
+    """Noise is a size: its further digits would only make goldens differ from one machine to the next."""
+    return float(f"{value:.2e}")
+
+
+def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def _drift(new: Golden) -> Drift:
+    if not path(new.row).exists():
+        return Drift(new.row, None, ())
+    old = _read(new.row)
+    hashes = ("config", "weights")
+    changed = [what for what in hashes if old.provenance[f"{what}_hash"] != new.provenance[f"{what}_hash"]]
+    if not torch.equal(old.inputs, new.inputs):
+        changed.append("inputs")
+    before, now = old.provenance["versions"], new.provenance["versions"]
+    changed += [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    same_shape = old.logits.shape == new.logits.shape
+    value = relative_rms(new.logits, old.logits) if same_shape else math.inf
+    return Drift(new.row, value, tuple(changed))
+
+
+def _read(row: str) -> Golden:
+    try:
+        with safe_open(path(row), "pt") as file:
+            provenance = json.loads(file.metadata()["provenance"])
+            return Golden(row, {name: file.get_tensor(name) for name in file.keys()}, provenance)  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        message = f"{path(row)} is no golden ({error}); delete it, then: {regen_command(row)}"
+        raise ValueError(message) from error
+
+
+def _canonical(content: Mapping) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+class _Double(TorchFunctionMode):
+    """Inside it, a request for float32 gives float64.
+
+    HF computes norms, softmax, rotary angles and routers in float32 whatever the model's dtype, so a model
+    of float64 weights alone would share much of its rounding with the float32 one and the noise would look
+    small.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        double = {torch.float32: torch.float64, torch.Tensor.float: torch.Tensor.double}
+
+        def swap(value):
+            return double.get(value, value) if isinstance(value, torch.dtype) else value
+
+        kwargs = {key: swap(value) for key, value in (kwargs or {}).items()}
+        return double.get(func, func)(*map(swap, args), **kwargs)

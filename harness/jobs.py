@@ -1,0 +1,176 @@
+"""What ranks do in a cell. Every function here runs on all ranks of a layout at once; the harness compares outside.
+
+The model of the current cell stays in the rank between the jobs of a cell (build, forward, export).
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from bridges import AutoBridge, Layout
+from bridges.conversion import ConversionTask, current_layout, global_tensors
+from bridges.cpu_backend import zigzag_positions
+from bridges.provider import GPTModelProvider, ensure_process_groups
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+# Bridges under test that are not registered: set before the ranks are forked, which inherit them.
+INHERITED_BRIDGES: dict[str, type] = {}
+
+
+@dataclass
+class Current:
+    bridge: AutoBridge
+    provider: GPTModelProvider
+    chunks: list
+    tasks: list[ConversionTask] = field(default_factory=list)
+
+
+_current: Current | None = None
+_groups: tuple | None = None
+
+
+def use_layout(layout: Layout) -> None:
+    """Megatron's groups for a layout; kept when the next cell has the same sizes."""
+    global _groups
+    key = (layout.tp, layout.pp, layout.cp, layout.ep, layout.expert_tp, layout.dp)
+    if key != _groups and parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    _groups = key
+
+
+def current() -> Current:
+    assert _current is not None, "build first"
+    return _current
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a rank holds: (global name, shape, dtype) of each parameter; NaNs found after import; seconds and memory."""
+
+    parameters: tuple[tuple[str, tuple[int, ...], str], ...]
+    unwritten: tuple[str, ...]
+    coords: Any
+    seconds: float
+    peak_mib: float
+
+
+def build(folder: str, layout: Layout, bridge_key: str | None = None) -> Built:
+    """Build the model of a checkpoint in a layout, poison it with NaN, import the checkpoint into it."""
+    global _current
+    start = time.perf_counter()
+    _current = None
+    use_layout(layout)
+    bridge = AutoBridge.from_hf_pretrained(folder, bridge=INHERITED_BRIDGES[bridge_key] if bridge_key else None)
+    provider = bridge.to_megatron_provider(load_weights=False)
+    provider.perform_initialization = False
+    provider.apply_layout(layout).finalize()
+    ensure_process_groups(provider, layout)
+    chunks = provider.provide_distributed_model(wrap_with_ddp=False)
+    for chunk in chunks:
+        chunk.eval()
+    poison(chunks)
+    bridge.load_hf_weights(chunks)
+    _current = Current(bridge, provider, chunks)
+    named = list(global_tensors(chunks))
+    unwritten = tuple(n for n, t in named if t.is_floating_point() and bool(t.isnan().any()))
+    _, coords = current_layout(provider)
+    return Built(tuple((n, tuple(t.shape), str(t.dtype)) for n, t in named), unwritten, coords,
+                 time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+@torch.no_grad()
+def poison(chunks) -> None:
+    """NaN in every parameter and persistent buffer: what the import does not write shows."""
+    for _, tensor in global_tensors(chunks):
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+
+
+def forward(input_ids: np.ndarray) -> tuple[Any, np.ndarray | None]:
+    """(coordinates, logits [batch, local sequence, local vocabulary] of a rank on the last stage, else None).
+
+    Runs Megatron's own schedule. With pipeline stages each sequence is a microbatch; each data-parallel rank takes the
+    sequences in another order, so that ranks that exchange tokens do not hold the same ones.
+    """
+    this = current()
+    layout, coords = current_layout(this.provider)
+    ids = torch.from_numpy(input_ids).roll(-coords.dp, 0)
+    batch, length = ids.shape
+    if length % (layout.cp * 2 if layout.cp > 1 else 1) or (length // layout.cp) % (layout.tp if layout.sp else 1):
+        raise ValueError(f"{length} tokens cannot be cut for cp={layout.cp}, tp={layout.tp} with sp={layout.sp}")
+    positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp)
+    microbatches = list(ids[:, positions].split(1 if layout.pp > 1 else batch))
+    position_ids = positions[None].expand(microbatches[0].shape)
+
+    def step(iterator, model):
+        return model(next(iterator), position_ids, None), lambda output, non_loss_data: output
+
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=step, data_iterator=[iter(microbatches) for _ in this.chunks], model=this.chunks,
+            num_microbatches=len(microbatches), seq_length=length, micro_batch_size=microbatches[0].shape[0],
+            forward_only=True, collect_non_loss_data=True)
+    if coords.pp != layout.pp - 1:
+        return coords, None
+    return coords, torch.cat([o.float() for o in outputs]).roll(coords.dp, 0).numpy()
+
+
+def export(folder: str) -> None:
+    """Write the current model as a Hugging Face folder."""
+    this = current()
+    this.bridge.save_hf_pretrained(this.chunks, folder)
+
+
+# -- across layouts --------------------------------------------------------------------------------------------------
+
+Global = dict[str, np.ndarray]
+
+
+def sharded_tensors() -> list[ShardedTensor]:
+    """This rank's tensors as Megatron's own distributed checkpointing describes them: key, global shape, offset."""
+    found = []
+    for chunk in current().chunks:
+        state = chunk.sharded_state_dict()
+        apply_factories(state)
+        found += [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+    return found
+
+
+def take_shards() -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]:
+    """(key, global shape, offset, values) of every shard of which this rank holds the main replica."""
+    out = []
+    for shard in sharded_tensors():
+        if is_main_replica(shard.replica_id):
+            values = _with_axes(shard, shard.data.detach()).numpy().copy()
+            out.append((shard.key, tuple(shard.global_shape), tuple(shard.global_offset), values))
+    return out
+
+
+def _with_axes(shard: ShardedTensor, data: torch.Tensor) -> torch.Tensor:
+    return data.reshape((1,) * shard.prepend_axis_num + tuple(data.shape))
+
+
+def put_shards(whole: Global) -> tuple[int, list[str]]:
+    """Poison the current model, fill it from another layout's tensors by Megatron's own offsets, and compare with what
+    this layout's import had written: (tensors compared, names that differ)."""
+    before = [(n, t.detach().clone()) for n, t in global_tensors(current().chunks)]
+    poison(current().chunks)
+    with torch.no_grad():
+        for shard in sharded_tensors():
+            source = whole[shard.key]
+            view = _with_axes(shard, shard.data)
+            box = tuple(slice(o, o + n) for o, n in zip(shard.global_offset, view.shape, strict=True))
+            piece = torch.from_numpy(source[box])
+            view.zero_() if piece.shape != view.shape else None  # rows of vocabulary padding the other layout lacks
+            view[tuple(slice(0, n) for n in piece.shape)].copy_(piece)
+    differ = [n for (n, old), (_, new) in zip(before, global_tensors(current().chunks), strict=True)
+              if not torch.equal(old, new)]
+    return len(before), differ

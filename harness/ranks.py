@@ -1,0 +1,179 @@
+"""A pool of ranks forked from this process, which has torch and Megatron already imported.
+
+Ranks stay alive between jobs, run with one thread each and hold a gloo (or NCCL) world of their size. A job is a
+module-level function called on every rank with the same arguments. A rank that fails, dies or passes the deadline fails the
+job, with its stack, and the pool is built anew for the next one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GRACE_S = 3.0  # how long the other ranks may take once one has failed
+
+
+class RankError(RuntimeError):
+    """A job failed on a rank: the message is one line, `stack` the whole story."""
+
+    def __init__(self, message: str, stack: str = ""):
+        super().__init__(message)
+        self.stack = stack
+
+
+class Pool:
+    """`world_size` forked ranks. `run` is the only thing to do with it; `close` ends it."""
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self.folder = Path(tempfile.mkdtemp(prefix="goldengate-ranks-"))
+        context = multiprocessing.get_context("fork")
+        self.connections: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, there, self.folder), daemon=True)
+            process.start()
+            there.close()
+            self.connections.append(here)
+            self.processes.append(process)
+
+    def run(self, function: Callable, *args: Any, deadline_s: float = 120.0) -> list[Any]:
+        """`function(*args)` on every rank; the results by rank. Raises RankError, after which the pool is closed."""
+        results: list[Any] = [None] * self.world_size
+        try:
+            for connection in self.connections:
+                connection.send((function, args))
+        except OSError as error:
+            self.close()
+            raise RankError(f"a rank of {self.world_size} is gone before {function.__name__}: {error}") from None
+        waiting = dict(zip(self.connections, range(self.world_size), strict=True))
+        failures: dict[int, tuple[str, str]] = {}
+        end = time.monotonic() + deadline_s
+        while waiting and (left := end - time.monotonic()) > 0:
+            for connection in wait(list(waiting), timeout=left):
+                rank = waiting.pop(connection)  # type: ignore[call-overload]
+                try:
+                    ok, value = connection.recv()  # type: ignore[union-attr]
+                except (EOFError, OSError):
+                    ok, value = False, (f"rank {rank} died", f"exit code {self.processes[rank].exitcode}")
+                if ok:
+                    results[rank] = value
+                else:
+                    failures[rank] = value
+                    end = min(end, time.monotonic() + GRACE_S)
+        if not failures and not waiting:
+            return results
+        for rank in waiting.values():
+            failures.setdefault(rank, (f"rank {rank} gave no answer to {function.__name__} in {deadline_s:g} s",
+                                       self._stack(rank)))
+        self.close()
+        raise _joined(failures)
+
+    def _stack(self, rank: int) -> str:
+        """Where a silent rank stands: it writes its Python stack when asked by signal."""
+        pid = self.processes[rank].pid
+        if pid is None or not self.processes[rank].is_alive():
+            return "the process is gone"
+        os.kill(pid, signal.SIGUSR1)
+        time.sleep(0.2)
+        return (self.folder / f"stack{rank}").read_text()
+
+    def close(self) -> None:
+        for connection in self.connections:
+            connection.close()
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _joined(failures: dict[int, tuple[str, str]]) -> RankError:
+    """The failure that came of itself first: ranks that only lost their peer say less."""
+    def secondary(item):
+        message = item[1][0]
+        return any(word in message for word in ("Connection closed", "gave no answer", "Connection reset", "timed out"))
+
+    ordered = sorted(failures.items(), key=lambda item: (secondary(item), item[0]))
+    message = ordered[0][1][0]
+    if len(ordered) > 1:
+        message += f" (on rank {ordered[0][0]}; {len(ordered)} ranks failed)"
+    return RankError(message, "\n".join(f"--- rank {rank}\n{stack}" for rank, (_, stack) in ordered))
+
+
+def _serve(rank: int, world_size: int, connection: Connection, folder: Path) -> None:
+    """A rank's life: make the world, then answer jobs until the other end closes."""
+    stack = open(folder / f"stack{rank}", "w")  # noqa: SIM115 - lives as long as the process
+    faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    ready = False
+    while True:
+        try:
+            function, args = connection.recv()
+        except (EOFError, OSError):
+            os._exit(0)  # no atexit: they belong to the parent
+        try:
+            if not ready:
+                _join_world(rank, world_size, folder)
+                ready = True
+            answer = (True, function(*args))
+        except BaseException as error:
+            line = str(error).strip().splitlines()
+            kind = type(error).__name__
+            answer = (False, (f"{kind}: {line[0]}" if line else kind, traceback.format_exc()))
+        try:
+            connection.send(answer)
+        except Exception as error:  # an answer that does not pickle
+            connection.send((False, (f"{type(error).__name__}: {error}", traceback.format_exc())))
+
+
+def _join_world(rank: int, world_size: int, folder: Path) -> None:
+    gpu = torch.cuda.is_available()
+    store = torch.distributed.FileStore(str(folder / "store"), world_size)
+    if gpu:
+        torch.cuda.set_device(rank)
+    torch.distributed.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world_size)
+
+
+class Ranks:
+    """Pools by world size, built when first needed and rebuilt after a failure."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Pool] = {}
+        atexit.register(self.close)
+
+    def run(self, world_size: int, function: Callable, *args: Any, deadline_s: float = 120.0) -> list[Any]:
+        pool = self._pools.get(world_size)
+        if pool is None:
+            pool = self._pools[world_size] = Pool(world_size)
+        try:
+            return pool.run(function, *args, deadline_s=deadline_s)
+        except RankError:
+            self._pools.pop(world_size, None)
+            raise
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
