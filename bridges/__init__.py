@@ -1,7 +1,16 @@
 """Hugging Face <-> Megatron-Core bridges: one declaration per parameter, any parallel layout."""
 
-from bridges import families as _families  # registers every family
+import logging as _logging
+import warnings as _warnings
+
+with _warnings.catch_warnings():
+    # On import Megatron lists the accelerators this machine lacks; that is no news to somebody on a laptop.
+    _warnings.simplefilter("ignore")
+    _logging.getLogger("torch.utils.cpp_extension").setLevel(_logging.ERROR)
+    from bridges import families as _families  # registers every family
+
 from bridges.auto_bridge import AutoBridge
+from bridges.checkpoint import CheckpointError
 from bridges.hf_pretrained import SAFE_REPOS, PreTrainedCausalLM, is_safe_repo
 from bridges.layout import Layout, LayoutError
 from bridges.mapping import (
@@ -22,4 +31,28 @@ from bridges.model_bridge import ConfigError, MegatronModelBridge
 from bridges.plan import PlanError
 from bridges.provider import GPTModelProvider
 
-__all__ = [name for name in dir() if name[0].isupper() or name == "is_safe_repo"]
+__all__ = [
+    "SAFE_REPOS",
+    "AutoBridge",
+    "AutoMapping",
+    "CheckpointError",
+    "ColumnParallelMapping",
+    "ConcatenatedGatedMLPMapping",
+    "ConcatenatedQKVMapping",
+    "ConfigError",
+    "GPTModelProvider",
+    "GatedMLPMapping",
+    "Layout",
+    "LayoutError",
+    "Mapping",
+    "MappingError",
+    "MegatronMappingRegistry",
+    "MegatronModelBridge",
+    "Part",
+    "PlanError",
+    "PreTrainedCausalLM",
+    "QKVMapping",
+    "ReplicatedMapping",
+    "RowParallelMapping",
+    "is_safe_repo",
+]

@@ -156,7 +156,7 @@ def tensor_over(memory: mmap.mmap, info: TensorInfo) -> torch.Tensor:
 def nearest_names(name: str, known: Iterable[str]) -> list[str]:
     """Up to three of `known` that `name` may have been meant to be, best first."""
     parts = set(name.split("."))
-    # Shared parts first: difflib alone takes 10 s on DeepSeek-V3's 94,000 names and prefers another layer's.
+    # Shared parts first, because difflib alone takes 10 s on DeepSeek-V3's 94,000 names.
     alike = heapq.nlargest(100, known, key=lambda other: len(parts.intersection(other.split("."))))
     return difflib.get_close_matches(name, alike)
 

@@ -68,10 +68,10 @@ DTYPE = Rule(
     lambda c: {"params_dtype": (d := dtype_from_hf(c)), "bf16": d == torch.bfloat16, "fp16": d == torch.float16},
     lambda p: {"torch_dtype": str(p.params_dtype).removeprefix("torch.")})
 
-HEAD_DIM = Rule(
+HEAD_DIM = Rule(  # absent or null means an even share of the hidden size
     ("head_dim",),
     lambda c: {"kv_channels": _get(c, "head_dim", c.hidden_size // c.num_attention_heads)},
-    lambda p: {"head_dim": p.kv_channels})
+    lambda p: {} if p.kv_channels * p.num_attention_heads == p.hidden_size else {"head_dim": p.kv_channels})
 
 
 # -- attention -----------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def _window_to_hf(provider) -> Fields:
     return {"sliding_window": provider.window_size[0] + 1, "use_sliding_window": True, "layer_types": types}
 
 
-WINDOW = Rule(("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+WINDOW = Rule(("sliding_window", "use_sliding_window", "layer_types"),
               _window_to_megatron, _window_to_hf)
 
 NO_ROPE_LAYERS = Rule(  # HF: 1 where the layer has rope; Megatron: 1 where it has none

@@ -51,9 +51,10 @@ class Layout:
     split: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.etp is None:
+            object.__setattr__(self, "etp", self.tp)
         for axis in AXES:
-            size = getattr(self, axis)
-            if size is not None and size < 1:
+            if (size := getattr(self, axis)) < 1:
                 raise LayoutError(f"layout axis {axis}={size}: a parallel size is at least 1")
         if self.vpp > 1 and self.pp == 1:
             raise LayoutError(f"vpp={self.vpp} needs pp > 1: virtual stages interleave over pipeline ranks")
@@ -74,7 +75,8 @@ class Layout:
 
     @property
     def expert_tp(self) -> int:
-        return self.tp if self.etp is None else self.etp
+        assert self.etp is not None
+        return self.etp
 
     @property
     def world_size(self) -> int:
@@ -86,7 +88,7 @@ class Layout:
 
     def __str__(self) -> str:
         parts = [f"{a}{getattr(self, a)}" for a in ("tp", "pp", "vpp", "ep") if getattr(self, a) > 1]
-        if self.etp is not None and self.etp != self.tp:
+        if self.etp != self.tp:
             parts.append(f"etp{self.etp}")
         if self.cp > 1:
             parts.append(f"cp{self.cp}")

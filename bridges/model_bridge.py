@@ -78,7 +78,9 @@ class MegatronModelBridge:
         "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "output_router_logits",
         "router_aux_loss_coef", "router_jitter_noise", "output_attentions", "output_hidden_states", "return_dict",
         "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "pretraining_tp",
-        "default_theta", "_attn_implementation_autoset", "is_decoder", "add_cross_attention", "num_labels"})
+        "default_theta", "_attn_implementation_autoset", "is_decoder", "add_cross_attention", "num_labels",
+        "max_window_layers",  # transformers turns it into layer_types, which counts
+    })
 
     _BASE_RULES: ClassVar[tuple[Rule, ...]] = (ROPE, DTYPE, HEAD_DIM)
     registration: ClassVar[Registration | None] = None
@@ -175,8 +177,8 @@ class MegatronModelBridge:
         for rule in cls._rules():
             config.update(rule.to_hf(provider))
         fields = cls._declared_fields(config.get("model_type"))
-        if fields:  # only what this model type's config class has; it has rope in its own way
-            fields |= {"architectures", "model_type", "torch_dtype", "rope_theta", "rope_scaling"}
+        if fields:  # only what this model type's config class has; these it reads without declaring them
+            fields |= {"architectures", "model_type", "torch_dtype", "rope_theta", "rope_scaling", "head_dim"}
             config = {k: v for k, v in config.items() if k in fields}
         return config
 

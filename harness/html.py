@@ -7,14 +7,14 @@ explains lies in the marks' data attributes, so every string passes through one 
 import re
 from collections import Counter, defaultdict
 from html import escape
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from harness.report import Cell, Report, duration, number, worst
 
 TEMPLATE = Path(__file__).with_name("report.html")
 LETTERS = {"pass": "", "fail": "F", "error": "E", "skip": "S", "none": ""}  # a pass is a plain square
-AXES = ("tp", "pp", "vpp", "ep", "etp", "cp", "sp", "dp", "split", "layout")
+AXES = ("tp", "pp", "vpp", "ep", "etp", "cp", "sp", "dp", "split")
 GROUPS = {  # a row belongs to the last group whose pattern its mechanisms match
     "Dense": "",
     "Mixture of experts": r"\b(moe|experts?|router)\b",
@@ -24,88 +24,96 @@ GROUPS = {  # a row belongs to the last group whose pattern its mechanisms match
 }
 
 
-def _tag(name: str, text: str = "", **attributes: object) -> str:
-    """An element; `text` is HTML already, attributes are escaped here and left out where None or empty."""
-    named = {k.strip("_").replace("_", "-"): v for k, v in attributes.items() if v not in (None, "")}
-    return f"<{name}{''.join(f' {k}="{escape(str(v))}"' for k, v in named.items())}>{text}</{name}>"
+def _tag(name: str, *inside: str, **attributes: object) -> str:
+    """An element; `inside` is HTML already, attributes are escaped here and left out where empty."""
+    named = {k.strip("_").replace("_", "-"): v for k, v in attributes.items() if v != ""}
+    opening = name + "".join(f' {k}="{escape(str(v))}"' for k, v in named.items())
+    return f"<{opening}>{''.join(inside)}</{name}>"
 
 
-def _group(mechanisms: list[str]) -> str:
-    words = " ".join(re.findall(r"[a-z0-9]+", " ".join(mechanisms).lower()))
+def _group(mechanisms: str) -> str:
+    words = " ".join(re.findall(r"[a-z0-9]+", mechanisms.lower()))
     return [name for name, pattern in GROUPS.items() if re.search(pattern, words)][-1]
 
 
 def _heads(layouts: list[str]) -> str:
-    """A layout's sizes one above the other, a line per axis: `tp2-sp` is `2` on the line tp, `sp` on the line sp."""
-    words = {x: [re.fullmatch(r"([a-z]+)([\d.]*)", word) for word in x.split("-")] for x in layouts}
-    sizes = {x: {w[1]: w[2] or w[1] for w in ws if w} if all(ws) else {"layout": x} for x, ws in words.items()}
+    """A layout's sizes one above the other, a line per axis: `tp2-sp` is `2` on line tp, `sp` on line sp."""
+    words = {x: re.findall(r"(?:^|-)([a-z]*)([^-]*)", x) for x in layouts}
+    sizes = {x: {axis: size or axis for axis, size in pairs} for x, pairs in words.items()}
     found = {axis for size in sizes.values() for axis in size}
     axes = [a for a in AXES if a in found] + sorted(found.difference(AXES))
-    heads = _tag("th", "".join(_tag("span", a) for a in axes), class_="corner")
+    heads = [_tag("th", *(_tag("span", escape(a)) for a in axes), class_="corner")]
     for x, size in sizes.items():
-        stack = "".join(_tag("span", escape(size.get(a, ""))) for a in axes)
-        heads += _tag("th", stack, scope="col", title=x, aria_label=x)
-    return _tag("tr", heads)
+        stack = (_tag("span", escape(size.get(a, ""))) for a in axes)
+        heads.append(_tag("th", *stack, scope="col", title=x, aria_label=x))
+    return _tag("tr", *heads)
 
 
 def _mark(c: Cell) -> str:
     numbers = {}
     if c.status == "pass" and c.value is not None and c.margin is not None:
-        numbers = {"data_value": number(c.value, 0).replace("e-0", "e-"), "data_margin": f"{max(c.margin, -99):.1f}"}
+        short = number(c.value, 0).replace("e-0", "e-")  # has to fit a square
+        numbers = {"data_value": short, "data_margin": f"{max(c.margin, -99):.1f}"}
     return _tag("i", class_=c.status, data_check=c.check, data_says=c.says, data_time=duration(c.seconds),
                 data_detail=c.detail, **numbers)
 
 
-def _square(key: str, where: str, cells: dict[str, list[Cell]]) -> str:
-    """One layout of one row: its worst status, and a mark per check in a fixed order."""
-    status = worst(c.status for found in cells.values() for c in found)
-    marks = "".join("".join(map(_mark, found)) or "<i></i>" for found in cells.values())
-    return _tag("td", _tag("b", LETTERS[status]) + _tag("span", marks), id=key, class_=status, tabindex=-1,
+def _square(key: str, where: str, cells: list[list[Cell]]) -> str:
+    """One layout of one row: its worst status, and a mark per check, always in the same place."""
+    status = worst(c.status for found in cells for c in found)
+    marks = ("".join(map(_mark, found)) or "<i></i>" for found in cells)
+    return _tag("td", _tag("b", LETTERS[status]), _tag("span", *marks), id=key, class_=status, tabindex=-1,
                 aria_label=f"{where}: {'not run' if status == 'none' else status}")
 
 
-def page(report: Report) -> str:
-    names, layouts, checks = report.axes()
-    rows, found, keys = {r["row"]: r for r in report.rows}, defaultdict(list), {}
-    groups = dict.fromkeys(GROUPS, "")
+def _matrix(report: Report, checks: list[str], keys: dict[tuple[str, str], str]) -> str:
+    rows, groups, found = {r["row"]: r for r in report.rows}, defaultdict(list), defaultdict(list)
     for c in report.cells:
         found[c.row, c.layout, c.check].append(c)
-    for i, name in enumerate(names):
-        row = {"mechanisms": []} | rows.get(name, {})
-        about = row | {"mechanisms": ", ".join(row["mechanisms"])}
-        title = "\n".join(about.get(k, "") for k in ("architecture", "model_type", "mechanisms", "reference"))
-        line = escape(name) + _tag("small", escape(about["mechanisms"]))
-        line = _tag("th", line, scope="row", title=title, data_row=name)
-        for j, x in enumerate(layouts):
-            keys[name, x] = f"c{i}-{j}"
-            line += _square(keys[name, x], f"{name} {x}", {check: found[name, x, check] for check in checks})
-        groups[_group(row["mechanisms"])] += _tag("tr", line, class_="row")
-    body = ""
-    for name, lines in groups.items():
-        head = _tag("th", _tag("span", name), scope="rowgroup", colspan=len(layouts) + 1)
-        body += _tag("tbody", _tag("tr", head, class_="group") + lines) if lines else ""
-    failures, n = "", report.summary()
-    for c in (c for status in ("fail", "error") for c in report.cells if c.status == status):
-        where = _tag("a", f"{escape(c.row)} {_tag('code', escape(c.layout))}", href=f"#{keys[c.row, c.layout]}")
-        line = [_tag("b", LETTERS[c.status], class_=c.status), where, escape(c.check), escape(c.says),
-                _tag("pre", escape(c.detail))]
-        failures += _tag("tr", "".join(_tag("td", x) for x in line))
-    bad, ran = n["fail"] + n["error"], n["pass"] + n["fail"] + n["error"]
+    for name, pairs in groupby(keys, key=lambda pair: pair[0]):
+        about, squares = rows.get(name, {}), []
+        mechanisms = ", ".join(about.get("mechanisms", []))
+        facts = about.get("architecture"), about.get("model_type"), mechanisms, about.get("reference")
+        head = _tag("th", escape(name), _tag("small", escape(mechanisms)), scope="row", data_row=name,
+                    title="\n".join(filter(None, facts)))
+        for pair in pairs:
+            squares.append(_square(keys[pair], " ".join(pair), [found[*pair, check] for check in checks]))
+        groups[_group(mechanisms)].append(_tag("tr", head, *squares, class_="row"))
+    out, columns = "", 1 + len({layout for _, layout in keys})
+    for name in filter(groups.get, GROUPS):
+        head = _tag("th", _tag("span", name), scope="rowgroup", colspan=columns)
+        out += _tag("tbody", _tag("tr", head, class_="group"), *groups[name])
+    return out
+
+
+def _failure(c: Cell, key: str) -> str:
+    where = _tag("a", escape(c.row), " ", _tag("code", escape(c.layout)), href=f"#{key}")
+    line = _tag("b", LETTERS[c.status], class_=c.status), where, escape(c.check), escape(c.says)
+    return _tag("tr", *(_tag("td", x) for x in line), _tag("td", _tag("pre", escape(c.detail))))
+
+
+def page(report: Report) -> str:
+    """The whole page as text."""
+    rows, layouts, checks = report.axes()
+    keys = {(row, x): f"c{i}-{j}" for i, row in enumerate(rows) for j, x in enumerate(layouts)}
+    failures = [c for status in ("fail", "error") for c in report.cells if c.status == status]
+    skips = Counter(c.detail for c in report.cells if c.status == "skip").most_common()
+    counts, ran = list(report.summary().items())[:4], sum(c.status != "skip" for c in report.cells)
     good = f"All {ran:,} comparisons pass" if ran else "Nothing was compared"
     facts = report.environment | {"total time": duration(report.seconds)} | report.speed
-    reasons = Counter(c.detail for c in report.cells if c.status == "skip").most_common()
-    parts = {
-        "headline": f"{bad:,} of {ran:,} comparisons do not pass" if bad else good,
-        "counts": "".join(_tag("li", f"{_tag('b', LETTERS[s], class_=s)} {n[s]:,} {s}") for s in list(LETTERS)[:4]),
-        "facts": "".join(_tag("div", _tag("dt", escape(str(k))) + _tag("dd", escape(number(v) if isinstance(v, float) else str(v))))
-                         for k, v in facts.items()),
+    facts = {escape(str(k)): escape(number(v) if isinstance(v, float) else str(v)) for k, v in facts.items()}
+    radio = '<input type="radio" name="check" value="{0}"><span>{0}</span>'
+    parts: dict[str, str | list[str]] = {
+        "headline": f"{len(failures):,} of {ran:,} comparisons do not pass" if failures else good,
+        "counts": [_tag("li", _tag("b", LETTERS[s], class_=s if n else "skip"), f" {n:,} {s}")
+                   for s, n in counts],
+        "facts": [_tag("div", _tag("dt", k), _tag("dd", v)) for k, v in facts.items()],
         "columns": str(len(layouts) or 1),
-        "choices": "".join(_tag("label", f'<input type=radio name=check value="{escape(x)}">' + _tag("span", escape(x)))
-                           for x in checks),
+        "choices": [_tag("label", radio.format(escape(x))) for x in checks],
         "checks": escape(", ".join(checks)),
         "heads": _heads(layouts),
-        "body": body,
-        "failures": failures,
-        "skips": "".join(_tag("tr", _tag("td", f"{count:,}") + _tag("td", escape(why))) for why, count in reasons),
+        "body": _matrix(report, checks, keys),
+        "failures": [_failure(c, keys[c.row, c.layout]) for c in failures],
+        "skips": [_tag("tr", _tag("td", f"{count:,}"), _tag("td", escape(why))) for why, count in skips],
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], TEMPLATE.read_text(encoding="utf-8"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: "".join(parts[m[1]]), TEMPLATE.read_text(encoding="utf-8"))

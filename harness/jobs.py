@@ -94,11 +94,39 @@ def poison(chunks) -> None:
             tensor.fill_(float("nan"))
 
 
+def activations(input_ids: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]:
+    """(coordinates, {module by its place in the whole model: output [batch, local sequence, hidden]}) of this rank."""
+    this = current()
+    layout, coords = current_layout(this.provider)
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def hook(name):
+        def save(module, args, output):
+            out = output[0] if isinstance(output, tuple) else output
+            found.setdefault(name, []).append(out.detach().float().transpose(0, 1))
+        return save
+
+    handles = []
+    for chunk in this.chunks:
+        if hasattr(chunk, "embedding"):
+            handles.append(chunk.embedding.register_forward_hook(hook("embedding")))
+        for layer in chunk.decoder.layers:
+            for block in ("self_attention", "mlp"):
+                name = f"layers.{layer.layer_number - 1}.{block}"
+                handles.append(getattr(layer, block).register_forward_hook(hook(name)))
+    try:
+        forward(input_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return coords, {name: torch.cat(pieces).roll(coords.dp, 0).numpy() for name, pieces in found.items()}
+
+
 def forward(input_ids: np.ndarray) -> tuple[Any, np.ndarray | None]:
     """(coordinates, logits [batch, local sequence, local vocabulary] of a rank on the last stage, else None).
 
-    Runs Megatron's own schedule. With pipeline stages each sequence is a microbatch; each data-parallel rank takes the
-    sequences in another order, so that ranks that exchange tokens do not hold the same ones.
+    Runs Megatron's own schedule with as many microbatches as stages; each data-parallel rank takes the sequences in
+    another order, so that ranks that exchange tokens do not hold the same ones.
     """
     this = current()
     layout, coords = current_layout(this.provider)
@@ -107,7 +135,7 @@ def forward(input_ids: np.ndarray) -> tuple[Any, np.ndarray | None]:
     if length % (layout.cp * 2 if layout.cp > 1 else 1) or (length // layout.cp) % (layout.tp if layout.sp else 1):
         raise ValueError(f"{length} tokens cannot be cut for cp={layout.cp}, tp={layout.tp} with sp={layout.sp}")
     positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp)
-    microbatches = list(ids[:, positions].split(1 if layout.pp > 1 else batch))
+    microbatches = list(ids[:, positions].split(max(batch // layout.pp, 1)))
     position_ids = positions[None].expand(microbatches[0].shape)
 
     def step(iterator, model):

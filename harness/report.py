@@ -156,9 +156,9 @@ def print_table(report: Report, console: Console) -> None:
         table = Table("row", *map(escape, checks), box=None, padding=(0, 2, 0, 0))
         for row in rows:
             table.add_row(Text(row), *(_tally(found[row, check], digits) for check in checks))
-        if console.measure(table).maximum <= console.width:
+        if console.measure(table, options=console.options.update(width=999)).maximum <= console.width:
             break
-    console.print(table)
+    console.print(table, "")
     for c in (c for status in ("fail", "error") for c in report.cells if c.status == status):
         lines = [f"{c.row}  {c.layout}  {c.check}  {c.says}", *c.detail.splitlines()]
         console.print(Text.assemble((f"{WORDS[c.status]:6}", STYLES[c.status]), "\n      ".join(lines)))

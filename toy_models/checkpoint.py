@@ -30,13 +30,13 @@ def write(row: str, folder: str | Path, *, dtype: torch.dtype | None = None, sha
         raise ValueError(f"shards={shards}: a checkpoint has at least one file")
     folder = Path(folder)
     config = config_dict(row)
-    dtype = getattr(torch, config["torch_dtype"]) if dtype is None else dtype
-    model = build(row, dtype=dtype)
+    stored: torch.dtype = dtype or getattr(torch, config["torch_dtype"])
+    model = build(row, dtype=stored)
     sizes = [tensor.nbytes for tensor in named_tensors(model).values()]
     # Files are filled one after another, so each but the last ends at most one tensor short of its limit.
     limit = sum(sizes) if shards == 1 else math.ceil(sum(sizes) / shards) + max(sizes)
     model.save_pretrained(folder, max_shard_size=limit)
-    _write_json(folder / "config.json", {**config, "torch_dtype": str(dtype).removeprefix("torch.")})
+    _write_json(folder / "config.json", {**config, "torch_dtype": str(stored).removeprefix("torch.")})
     return folder
 
 

@@ -51,8 +51,8 @@ def random_tensor(name: str, shape: Sequence[int], *, seed: int = SEED, kind: st
     """float32 values of `shape`, uniform around their mean with no value exactly at it.
 
     kind "matrix": standard deviation 1.5 / sqrt(last dim), so that activations keep their size and attention
-    and routers are far from uniform; "embedding": standard deviation 1; "norm": 1 +- 0.3; "bias": +- 1, as
-    the softmax all but cancels a key bias and a smaller one would hardly show in the logits. ValueError for
+    and routers are far from uniform; "embedding": standard deviation 1; "norm": 1 +- 0.3; "bias": +- 0.6,
+    as the softmax all but cancels a key bias and a smaller one hardly shows in the logits. ValueError for
     another kind.
     """
     blocks = list(random_blocks(name, shape, seed=seed, kind=kind))
@@ -61,7 +61,7 @@ def random_tensor(name: str, shape: Sequence[int], *, seed: int = SEED, kind: st
 
 def random_blocks(name: str, shape: Sequence[int], *, seed: int = SEED, kind: str) -> Iterator[np.ndarray]:
     """The values of `random_tensor`, flattened, a block at a time, for tensors too large to hold."""
-    scales = {"matrix": 1.5 * math.sqrt(3 / shape[-1]), "embedding": math.sqrt(3), "norm": 0.3, "bias": 1}
+    scales = {"matrix": 1.5 * math.sqrt(3 / shape[-1]), "embedding": math.sqrt(3), "norm": 0.3, "bias": 0.6}
     if kind not in scales:
         raise ValueError(f"{name}: kind {kind!r} is none of {', '.join(scales)}")
     scale = np.float32(scales[kind] / 2**24)

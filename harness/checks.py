@@ -1,0 +1,325 @@
+"""The checks of one row in one layout. Each asks one question and answers with a cell's status, value and detail.
+
+A `Subject` is a row with everything that is the same in all layouts; a `Bench` is that row in one layout, on ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import toy_models
+from bridges import AutoBridge, Layout, MegatronModelBridge
+from bridges.checkpoint import Checkpoint, same_bytes, source_digest
+from bridges.cpu_backend import zigzag_positions
+from bridges.plan import Parameter, local_shape, prove_layout, shard_of
+from transformers import CONFIG_MAPPING as HF_CONFIG_CLASSES
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from harness import goldens, jobs
+from harness.compare import compare, relative_rms
+from harness.localise import first_difference, hf_activations
+from harness.ranks import Ranks
+
+CHECKS = ("config", "complete", "roundtrip", "logits", "reload")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`ok`, the number compared with its limit, and a line that says what differed (or what was counted)."""
+
+    ok: bool
+    value: float | None
+    limit: float | None
+    unit: str
+    detail: str
+
+
+@dataclass
+class Subject:
+    """A row: its checkpoint on disk, its golden, the bridge under test (None: the registered one)."""
+
+    row: str
+    folder: Path
+    golden: goldens.Golden
+    bridge: type[MegatronModelBridge] | None = None
+    whole: jobs.Global | None = None  # the last layout's tensors, for the cross-layout round trip
+    whole_from: str = ""
+    digests: dict[str, Outcome] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, row: str, folder: Path, bridge: type[MegatronModelBridge] | None = None) -> Subject:
+        """Write the row's checkpoint below `folder` and load its golden; ValueError when that is stale."""
+        golden = goldens.load(row)
+        model = toy_models.build(row)
+        config_hash = goldens.hash_config(toy_models.config_dict(row))
+        if stale := goldens.check_fresh(row, config_hash, toy_models.weights_hash(model)):
+            raise ValueError(stale)
+        return cls(row, toy_models.write(row, folder / "hf"), golden, bridge)
+
+    @cached_property
+    def source(self) -> Checkpoint:
+        return Checkpoint.open(self.folder)
+
+    @cached_property
+    def source_sha(self) -> str:
+        return source_digest(self.source.path)
+
+    @cached_property
+    def auto_bridge(self) -> AutoBridge:
+        return AutoBridge.from_hf_pretrained(self.source.path, bridge=self.bridge)
+
+    @property
+    def bridge_key(self) -> str | None:
+        return None if self.bridge is None else f"{self.bridge.__module__}.{self.bridge.__qualname__}-{id(self.bridge)}"
+
+    @cached_property
+    def reference(self) -> PreTrainedModel:
+        return toy_models.build(self.row)
+
+
+@dataclass
+class Bench:
+    """A subject in a layout. `build` comes first; the checks then use what it returned."""
+
+    subject: Subject
+    layout: Layout
+    ranks: Ranks
+    scratch: Path
+    built: list[jobs.Built] = field(default_factory=list)
+    exported: Path | None = None
+
+    def run(self, job: Callable, *args: Any) -> list[Any]:
+        return self.ranks.run(self.layout.world_size, job, *args)
+
+    def build(self) -> None:
+        self.built = self.run(jobs.build, str(self.subject.source.path), self.layout, self.subject.bridge_key)
+
+    def export(self) -> Path:
+        if self.exported is None:
+            folder = self.scratch / f"{self.subject.row}-{self.layout}"
+            self.run(jobs.export, str(folder))
+            self.exported = folder
+        return self.exported
+
+
+# -- config ----------------------------------------------------------------------------------------------------------
+
+def check_config(bench: Bench) -> Outcome:
+    """HF config -> provider -> HF config through disk: every field of the original says the same, and a model built from
+    the regenerated config alone computes the golden's logits."""
+    subject = bench.subject
+    auto = subject.auto_bridge
+    provider = auto.to_megatron_provider(load_weights=False)
+    original, inert = subject.source.config, auto._model_bridge.HF_INERT - {"model_type", "architectures"}
+    regenerated = {**{k: v for k, v in original.items() if k in inert},  # token ids and the like are carried over
+                   **json.loads(json.dumps(type(auto._model_bridge).megatron_to_hf_config(provider)))}
+    kind = HF_CONFIG_CLASSES[original["model_type"]]
+    before, after = (kind.from_dict(dict(c)).to_dict() for c in (original, regenerated))
+    fields = [f for f in sorted({*before, *after}) if f not in inert]
+    wrong = [f"{f}: {after.get(f)!r} should be {before.get(f)!r}" for f in fields if before.get(f) != after.get(f)]
+    model = type(subject.reference)._from_config(kind.from_dict(dict(regenerated)), attn_implementation="eager")
+    try:
+        model.load_state_dict(subject.reference.state_dict(), strict=True)
+    except RuntimeError as error:
+        return Outcome(False, len(wrong) or 1, 0, "fields", "; ".join(wrong) or str(error).splitlines()[0])
+    value = relative_rms(_logits(model.eval(), subject.golden.inputs), subject.golden.logits)
+    if not value <= subject.golden.gate:
+        wrong.append(f"a model of the regenerated config has other logits (relative RMS {value:.2g})")
+    return Outcome(not wrong, len(wrong), 0, "fields",
+                   "; ".join(wrong) or f"{len(fields)} fields say the same, logits differ by {value:.1e}")
+
+
+def _logits(model, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+# -- complete --------------------------------------------------------------------------------------------------------
+
+def check_complete(bench: Bench) -> Outcome:
+    """Every HF tensor and every Megatron parameter and buffer exactly once: the proof on metadata for the layout, the
+    real ranks' names and shapes against the pure functions, and no NaN left of the poison."""
+    subject, layout = bench.subject, bench.layout
+    registry = subject.auto_bridge.mapping_registry()
+    provider = subject.auto_bridge.to_megatron_provider(load_weights=False).apply_layout(layout)
+    shapes = {name: info.shape for name, info in subject.source.tensors.items()}
+    faults: list[str] = []
+
+    parameters = unsharded(bench, registry)
+    alias = {"output_layer.weight": ""} if provider.share_embeddings_and_output_weights else {}
+    coverage = prove_layout(parameters, registry, shapes, provider, layout, alias=alias)
+    faults += coverage.errors
+    for rank, built in enumerate(bench.built):
+        expected = expected_on(rank, parameters, registry, provider, layout)
+        actual = {name: shape for name, shape, _ in built.parameters}
+        for name in sorted({*expected, *actual}):
+            if expected.get(name) != actual.get(name):
+                faults.append(f"rank {rank}: {name} is {actual.get(name)}, by layout it should be {expected.get(name)}")
+        faults += [f"rank {rank}: {name} was not written by the import" for name in built.unwritten]
+    detail = "; ".join(faults[:4]) + (f" (and {len(faults) - 4} more)" if len(faults) > 4 else "")
+    counted = (f"{coverage.hf_tensors} tensors, {coverage.hf_elements} elements once each; "
+               f"{sum(len(b.parameters) for b in bench.built)} parameters on {layout.world_size} ranks")
+    return Outcome(not faults and coverage.ok, len(faults), 0, "faults", detail or counted)
+
+
+def unsharded(bench: Bench, registry) -> list[Parameter]:
+    """The parameters of the whole model, put together from what the ranks hold."""
+    whole: dict[str, tuple[int, ...]] = {}
+    for built in bench.built:
+        for name, shape, _ in built.parameters:
+            lookup = "embedding.word_embeddings.weight" if name == "output_layer.weight" else name
+            mapping, _ = registry.megatron_to_hf_lookup(lookup)
+            size = shard_of(mapping, bench.layout, built.coords).size
+            dim = 1 if mapping.sharding == "row" else 0
+            whole[name] = tuple(s * size if d == dim else s for d, s in enumerate(shape))
+    return [Parameter(name, shape) for name, shape in whole.items()]
+
+
+def expected_on(rank: int, parameters, registry, provider, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """What the pure functions say this rank holds: {parameter: local shape}."""
+    coords = layout.coords(rank)
+    chunks = layout.chunk_layers(provider.num_layers)
+    mine = {layer for c, layers in enumerate(chunks) if c % layout.pp == coords.pp for layer in layers}
+    first, last = coords.pp == 0, coords.pp == layout.pp - 1
+    experts = layout.experts(coords.ep, provider.num_moe_experts) if provider.num_moe_experts else range(0)
+    held = {}
+    for parameter in parameters:
+        head, _, tail = parameter.name.partition(".")
+        if head == "embedding":
+            here = first
+        elif head == "output_layer":
+            here = last and not (provider.share_embeddings_and_output_weights and first)
+        elif tail.startswith("layers."):
+            here = int(tail.split(".")[1]) in mine
+        else:
+            here = last
+        lookup = "embedding.word_embeddings.weight" if head == "output_layer" else parameter.name
+        mapping, _ = registry.megatron_to_hf_lookup(lookup)
+        if here and mapping.is_expert:
+            number = parameter.name[len(parameter.name.rstrip("0123456789")):]
+            here = int(number) in experts
+        if here:
+            held[parameter.name] = local_shape(mapping, parameter.shape, shard_of(mapping, layout, coords).size)
+    return held
+
+
+# -- roundtrip -------------------------------------------------------------------------------------------------------
+
+def check_roundtrip(bench: Bench) -> Outcome:
+    """Import in another layout, reshard to this one by Megatron's own distributed-checkpoint metadata, export from here:
+    the same names, shapes, dtypes, files and bits as the source, which is untouched."""
+    subject = bench.subject
+    origin, whole = subject.whole_from or str(bench.layout), subject.whole
+    mine = gather_shards(bench.run(jobs.take_shards))
+    differences: list[str] = []
+    results = bench.run(jobs.put_shards, whole if whole is not None else mine)
+    for rank, (_, names) in enumerate(results):
+        differences += [f"rank {rank}: {name} as imported in {origin} differs from the import here" for name in names]
+    subject.whole, subject.whole_from = mine, str(bench.layout)
+
+    with Checkpoint.open(bench.export()) as out:
+        differences += same_bytes(subject.source, out)
+        elements = sum(int(np.prod(i.shape)) for i in out.tensors.values())
+    if source_digest(subject.source.path) != subject.source_sha:
+        differences.append("the source checkpoint was changed")
+    detail = "; ".join(differences[:4]) + (f" (and {len(differences) - 4} more)" if len(differences) > 4 else "")
+    compared = sum(count for count, _ in results)
+    return Outcome(not differences, len(differences), 0, "tensors",
+                   detail or f"{origin} -> {bench.layout}: {compared} shards and {elements} elements bit-equal")
+
+
+def gather_shards(by_rank) -> jobs.Global:
+    """The whole model from its main replicas."""
+    whole: jobs.Global = {}
+    for shards in by_rank:
+        for key, shape, offset, values in shards:
+            target = whole.setdefault(key, np.zeros(shape, values.dtype))
+            target[tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))] = values
+    return whole
+
+
+# -- logits ----------------------------------------------------------------------------------------------------------
+
+def check_logits(bench: Bench) -> Outcome:
+    """Megatron's logits in this layout, on every replica, against the golden."""
+    golden = bench.subject.golden
+    replicas = assemble(bench.run(jobs.forward, golden.inputs.numpy()), bench.layout, golden.logits.shape)
+    results = [compare(torch.from_numpy(r), golden.logits, golden.gate) for r in replicas]
+    worst = max(results, key=lambda c: c.value)
+    detail = worst.detail
+    if not worst.ok:
+        detail += "; " + localise(bench)
+    return Outcome(worst.ok and len(results) == bench.layout.dp, worst.value, golden.gate, "rel rms", detail)
+
+
+def assemble(by_rank, layout: Layout, shape) -> list[np.ndarray]:
+    """Whole logits [batch, sequence, vocab], one for each data-parallel replica; padded vocabulary columns dropped."""
+    batch, length, vocab = shape
+    replicas = [np.full((batch, length, vocab), np.nan, np.float32) for _ in range(layout.dp)]
+    for coords, local in by_rank:
+        if local is not None:
+            columns = slice(coords.tp * local.shape[-1], min((coords.tp + 1) * local.shape[-1], vocab))
+            rows = zigzag_positions(length // layout.cp, coords.cp, layout.cp).numpy()
+            replicas[coords.dp][:, rows, columns] = local[..., : columns.stop - columns.start]
+    return replicas
+
+
+def localise(bench: Bench) -> str:
+    """Which module is the first that differs from Hugging Face, in this layout."""
+    subject, layout = bench.subject, bench.layout
+    expected = hf_activations(subject.reference, subject.golden.inputs)
+    length = subject.golden.inputs.shape[1]
+    actual: dict[str, np.ndarray] = {}
+    for coords, found in bench.run(jobs.activations, subject.golden.inputs.numpy()):
+        if coords.dp:
+            continue
+        for name, local in found.items():
+            positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp).numpy()
+            if layout.sp:
+                positions = np.split(positions, layout.tp)[coords.tp]
+            whole = actual.setdefault(name, np.full(expected[name].shape, np.nan, np.float32))
+            whole[:, positions] = local
+    return first_difference(expected, actual, subject.golden.gate)
+
+
+# -- reload ----------------------------------------------------------------------------------------------------------
+
+def check_reload(bench: Bench) -> Outcome:
+    """The exported folder loads in Hugging Face with no missing and no unexpected key, holds the same weights and computes
+    the golden's logits. Folders with the same bytes are loaded once."""
+    subject = bench.subject
+    folder = bench.export()
+    config = (folder / "config.json").read_bytes()
+    digest = source_digest(folder) + hashlib.sha256(config).hexdigest()
+    if digest not in subject.digests:
+        subject.digests[digest] = _reload(subject, folder)
+    return subject.digests[digest]
+
+
+def _reload(subject: Subject, folder: Path) -> Outcome:
+    golden = subject.golden
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, attn_implementation="eager",
+                                                       dtype=torch.float32)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            keys = sorted(map(str, info[problem]))
+            return Outcome(False, len(keys), 0, problem.replace("_", " "), f"{problem}: {', '.join(keys[:4])}")
+    if toy_models.weights_hash(model) != toy_models.weights_hash(subject.reference):
+        return Outcome(False, 1, 0, "hash", "the reloaded weights are not the row's")
+    result = compare(_logits(model.eval(), golden.inputs), golden.logits, golden.gate)
+    return Outcome(result.ok, result.value, golden.gate, "rel rms", f"same weights; {result.detail}")
+
+
+FUNCTIONS: dict[str, Callable[[Bench], Outcome]] = {
+    "config": check_config, "complete": check_complete, "roundtrip": check_roundtrip, "logits": check_logits,
+    "reload": check_reload,
+}
+

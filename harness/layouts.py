@@ -1,0 +1,68 @@
+"""Which layouts a row is checked in.
+
+`quick` is a handful; `full` is a covering set: every pair of axis values that fits into `MAX_RANKS` occurs in some layout,
+and the combinations that are known to break bridges are there by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+
+from bridges import Layout, LayoutError
+
+MAX_RANKS = 8
+
+DENSE_AXES: dict[str, tuple] = {"tp": (1, 2, 4), "pp": (1, 2, 4), "vpp": (1, 2), "cp": (1, 2), "sp": (False, True)}
+EXPERT_AXES: dict[str, tuple] = {**DENSE_AXES, "ep": (1, 2, 4), "etp": (1, 2)}
+
+QUICK_DENSE = ("tp1", "tp2-sp", "pp2-vpp2", "cp2", "pp2-split3.5", "tp4")
+QUICK_EXPERT = ("tp1", "tp2-sp", "pp2-vpp2", "cp2", "ep2", "tp2-ep2-etp1-sp", "tp4-ep2-etp2")
+
+# More query-head shards than query groups (tp4), an uneven split, a tied head far from its embedding and on a virtual
+# stage, and everything at once.
+NASTY_DENSE = ("tp1", "tp4", "pp2-split3.5", "pp4-vpp2", "tp2-pp2-sp")
+NASTY_EXPERT = (*NASTY_DENSE, "tp2-pp2-ep2-sp", "tp2-pp2-vpp2-ep2-etp1-cp2-sp")
+
+
+def choose(which: str | list[str] | tuple[str, ...], *, experts: bool) -> list[Layout]:
+    """`quick`, `full`, or layouts by name, for a model with or without experts."""
+    names = [which] if isinstance(which, str) else list(which)
+    chosen: dict[Layout, None] = {}
+    for name in names:
+        if name == "quick":
+            found = [Layout.parse(t) for t in (QUICK_EXPERT if experts else QUICK_DENSE)]
+        elif name == "full":
+            nasty = [Layout.parse(t) for t in (NASTY_EXPERT if experts else NASTY_DENSE)]
+            found = list(covering(experts, tuple(nasty)))
+        else:
+            found = [Layout.parse(name)]
+        chosen.update(dict.fromkeys(found))
+    return list(chosen)
+
+
+@cache
+def covering(experts: bool, start: tuple[Layout, ...] = ()) -> tuple[Layout, ...]:
+    """`start` and, greedily, the layouts that add the most uncovered pairs of axis values; small ones first."""
+    axes = EXPERT_AXES if experts else DENSE_AXES
+    candidates = {}
+    for values in itertools.product(*axes.values()):
+        try:
+            layout = Layout(**dict(zip(axes, values, strict=True)))
+        except LayoutError:
+            continue
+        if layout.world_size <= MAX_RANKS:
+            candidates[layout] = _pairs(dict(zip(axes, values, strict=True)))
+    todo = set().union(*candidates.values())
+    chosen = list(start)
+    for layout in start:
+        todo -= _pairs({axis: layout.expert_tp if axis == "etp" else getattr(layout, axis) for axis in axes})
+    while todo:
+        best = max(candidates, key=lambda c: (len(candidates[c] & todo), -c.world_size, str(c)))
+        todo -= candidates[best]
+        chosen.append(best)
+    return tuple(dict.fromkeys(chosen))
+
+
+def _pairs(values: dict) -> set:
+    return set(itertools.combinations(sorted(values.items()), 2))

@@ -1,0 +1,180 @@
+"""Run cells and report them: rows x layouts x checks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+import toy_models
+from bridges import Layout, LayoutError, MegatronModelBridge, cpu_substitutions
+
+from harness import jobs, layouts
+from harness.checks import CHECKS, FUNCTIONS, Bench, Outcome, Subject
+from harness.ranks import RankError, Ranks
+from harness.report import Cell, Report
+
+LIBRARIES = ("goldengate", "torch", "transformers", "megatron-core", "safetensors", "numpy")
+
+
+def verify(row: str, *, bridge: type[MegatronModelBridge] | None = None, layouts: str | Sequence[str] = "quick",
+           checks: Iterable[str] | None = None, folder: str | Path | None = None) -> Report:
+    """Check one row. `bridge` may be any MegatronModelBridge subclass, `folder` any checkpoint of the row's model: so a
+    bridge or a checkpoint, or a deliberately broken one, can be tried without touching a file."""
+    return verify_rows([row], bridge=bridge, which=layouts, checks=checks, folder=folder)
+
+
+def verify_rows(rows: Sequence[str], *, which: str | Sequence[str] = "quick", checks: Iterable[str] | None = None,
+                bridge: type[MegatronModelBridge] | None = None, folder: str | Path | None = None,
+                started: Callable[[int], None] = lambda total: None, cell: Callable[[Cell], None] = lambda cell: None,
+                ranks: Ranks | None = None) -> Report:
+    """Check rows in layouts. Layout by layout, so that process groups are made once for all rows.
+
+    Raises ValueError for an unknown row, check or layout, and for a golden that is missing or stale.
+    """
+    begin = time.perf_counter()
+    wanted = tuple(CHECKS if checks is None else checks)
+    for name in wanted:
+        if name not in FUNCTIONS:
+            raise ValueError(f"check {name!r} is not known; checks are {', '.join(FUNCTIONS)}")
+    quiet()
+    if not torch.cuda.is_available():
+        cpu_substitutions.install()
+    own_ranks = ranks is None or bridge is not None  # a bridge under test reaches the ranks by being there at the fork
+    ranks = Ranks() if own_ranks else ranks
+    assert ranks is not None
+    scratch = Path(tempfile.mkdtemp(prefix="goldengate-"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the ranks need the cores, and a forked pool of threads would hang
+    cells: list[Cell] = []
+    seconds: dict[int, list[float]] = {}
+    try:
+        subjects = {}
+        for row in rows:
+            subject = Subject.make(row, scratch / row, bridge)
+            if folder is not None:
+                subject.folder = Path(folder)
+            if subject.bridge_key and bridge:
+                jobs.INHERITED_BRIDGES[subject.bridge_key] = bridge
+            subjects[row] = subject
+        chosen = {row: layouts.choose(which if isinstance(which, str) else list(which), experts=has_experts(row))
+                  for row in rows}
+        order = list(dict.fromkeys(layout for found in chosen.values() for layout in found))
+        order.sort(key=lambda layout: (layout.world_size, layout.pp, layout.ep))
+        started(sum(map(len, chosen.values())))
+        for layout in order:
+            for row in rows:
+                if layout in chosen[row]:
+                    first = not any(c.row == row for c in cells)
+                    todo = [c for c in wanted if c != "config" or first]
+                    found, took = run_cells(Bench(subjects[row], layout, ranks, scratch), todo)
+                    seconds.setdefault(layout.world_size, []).append(took)
+                    cells += found
+                    for one in found:
+                        cell(one)
+    finally:
+        if own_ranks:
+            ranks.close()
+        torch.set_num_threads(threads)
+        shutil.rmtree(scratch, ignore_errors=True)
+    return Report(rows=[describe(row, chosen[row]) for row in rows], cells=cells, environment=environment(),
+                  seconds=time.perf_counter() - begin, speed=speed(cells, seconds))
+
+
+def run_cells(bench: Bench, checks: Sequence[str]) -> tuple[list[Cell], float]:
+    """The cells of a row in a layout, and the seconds all of them took."""
+    row, layout = bench.subject.row, str(bench.layout)
+    begin = time.perf_counter()
+
+    def made(check: str, outcome: Outcome, took: float) -> Cell:
+        return Cell(row, layout, check, "pass" if outcome.ok else "fail", outcome.value, outcome.limit, outcome.unit,
+                    took, outcome.detail)
+
+    def broken(check: str, error: Exception, took: float) -> Cell:
+        return Cell(row, layout, check, "error", None, None, "", took, f"{type(error).__name__}: {error}"
+                    if not isinstance(error, RankError) else str(error))
+
+    try:
+        bench.subject.auto_bridge.to_megatron_provider(load_weights=False).apply_layout(bench.layout).check_layout()
+        on_ranks = [c for c in checks if c != "config"]
+        if on_ranks:
+            bench.build()
+    except LayoutError as impossible:
+        return [Cell(row, layout, c, "skip", None, None, "", 0.0, str(impossible)) for c in checks], 0.0
+    except Exception as error:
+        took = time.perf_counter() - begin
+        return [broken(c, error, took) for c in checks], took
+    took = time.perf_counter() - begin  # building and importing count towards the first check
+    cells = []
+    for check in checks:
+        start = time.perf_counter()
+        try:
+            outcome = FUNCTIONS[check](bench)
+        except Exception as error:
+            cells.append(broken(check, error, took + time.perf_counter() - start))
+        else:
+            cells.append(made(check, outcome, took + time.perf_counter() - start))
+        took = 0.0
+    return cells, time.perf_counter() - begin
+
+
+def has_experts(row: str) -> bool:
+    config = toy_models.config_dict(row)
+    return any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
+def mechanisms(row: str) -> list[str]:
+    """What a row exercises, read from its config."""
+    c = toy_models.config_dict(row)
+    scaling = c.get("rope_scaling") or {}
+    tests = {
+        "MoE": has_experts(row), "shared expert": c.get("shared_expert_intermediate_size"),
+        "square experts": row.endswith("-square"), "tied": c.get("tie_word_embeddings"),
+        "sliding window": c.get("sliding_window") and c.get("use_sliding_window", True),
+        f"rope {scaling.get('rope_type')}": scaling, "layers without rope": c.get("no_rope_layers"),
+        "fused on disk": c.get("model_type") == "phi3",
+    }
+    return ["MoE" if has_experts(row) else "dense", *(name for name, has in tests.items() if has and name != "MoE")]
+
+
+def describe(row: str, chosen: Sequence[Layout]) -> dict:
+    config = toy_models.config_dict(row)
+    return {"row": row, "model_type": config["model_type"], "architecture": config["architectures"][0],
+            "mechanisms": mechanisms(row), "reference": f"transformers {config['architectures'][0]}, fp32, eager",
+            "layouts": [str(layout) for layout in chosen]}
+
+
+def environment() -> dict:
+    return {**{name: importlib.metadata.version(name) for name in LIBRARIES}, "python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "cores": os.cpu_count()}
+
+
+def speed(cells: Sequence[Cell], seconds: dict[int, list[float]]) -> dict:
+    """Median seconds of one cell by number of ranks; the first job of each pool, which makes it, is left out."""
+    per_cell: dict[int, list[float]] = {}
+    for one in cells:
+        if one.status != "skip":
+            per_cell.setdefault(Layout.parse(one.layout).world_size, []).append(one.seconds)
+    return {f"{n}-rank cell, median s": round(statistics.median(times), 3) for n, times in sorted(per_cell.items())}
+
+
+def quiet() -> None:
+    """Megatron and transformers say much on import and construction that is no news here."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for name in ("megatron", "transformers", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
