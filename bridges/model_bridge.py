@@ -178,7 +178,8 @@ class MegatronModelBridge:
             config.update(rule.to_hf(provider))
         fields = cls._declared_fields(config.get("model_type"))
         if fields:  # only what this model type's config class has; these it reads without declaring them
-            fields |= {"architectures", "model_type", "torch_dtype", "rope_theta", "rope_scaling", "head_dim"}
+            fields |= {"architectures", "model_type", "torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor",
+                       "head_dim", *cls.HF_FIXED}
             config = {k: v for k, v in config.items() if k in fields}
         return config
 

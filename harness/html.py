@@ -101,7 +101,7 @@ def page(report: Report) -> str:
     counts, ran = list(report.summary().items())[:4], sum(c.status != "skip" for c in report.cells)
     good = f"All {ran:,} comparisons pass" if ran else "Nothing was compared"
     facts = report.environment | {"total time": duration(report.seconds)} | report.speed
-    facts = {escape(str(k)): escape(number(v) if isinstance(v, float) else str(v)) for k, v in facts.items()}
+    facts = {escape(str(k)): escape(f"{v:.3g}" if isinstance(v, float) else str(v)) for k, v in facts.items()}
     radio = '<input type="radio" name="check" value="{0}"><span>{0}</span>'
     parts: dict[str, str | list[str]] = {
         "headline": f"{len(failures):,} of {ran:,} comparisons do not pass" if failures else good,

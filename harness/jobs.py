@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from bridges import AutoBridge, Layout
-from bridges.conversion import ConversionTask, current_layout, global_tensors
+from bridges.conversion import current_layout, global_tensors
 from bridges.cpu_backend import zigzag_positions
 from bridges.provider import GPTModelProvider, ensure_process_groups
 from megatron.core import parallel_state
@@ -30,7 +30,10 @@ class Current:
     bridge: AutoBridge
     provider: GPTModelProvider
     chunks: list
-    tasks: list[ConversionTask] = field(default_factory=list)
+
+    def keyed_chunks(self) -> list[tuple[str, Any]]:
+        """Model chunks under the keys that Megatron's checkpoints use."""
+        return [("model", self.chunks[0])] if len(self.chunks) == 1 else [(f"model{i}", c) for i, c in enumerate(self.chunks)]
 
 
 _current: Current | None = None
@@ -44,6 +47,11 @@ def use_layout(layout: Layout) -> None:
     if key != _groups and parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     _groups = key
+
+
+def set_current(value: Current) -> None:
+    global _current
+    _current = value
 
 
 def current() -> Current:

@@ -167,34 +167,34 @@ def print_table(report: Report, console: Console) -> None:
     *counts, (_, seconds) = report.summary().items()
     line = ", ".join(f"{n:,} {status}" for status, n in counts) + f" in {duration(seconds)}"
     console.print(Text(f"{'ok' if report.ok else 'NOT OK'}: {line}", STYLES["pass" if report.ok else "fail"]))
-    if speed := ", ".join(f"{k} {number(v) if isinstance(v, float) else v}" for k, v in report.speed.items()):
-        console.print(Text(f"speed: {speed}"))
+    figures = (f"{k} {f'{v:.3g}' if isinstance(v, float) else v}" for k, v in report.speed.items())
+    console.print(Text(f"speed: {', '.join(figures) or 'not measured'}"))
 
 
 class ProgressPrinter(AbstractContextManager):
-    """A bar of rows x layouts on a terminal, elsewhere a line per finished row. Cells come row by row."""
+    """A bar of rows x layouts on a terminal, elsewhere a line per finished layout (verify goes by layout)."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self.bar = Progress(console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.row: list[Cell] = []
+        self.done: list[Cell] = []  # of the layout that is running
 
     def start(self, total: int) -> None:
         self.task = self.bar.add_task("", total=total)
         self.bar.start()
 
     def cell(self, cell: Cell) -> None:
-        if self.row and self.row[0].row != cell.row:
-            self._finish_row()
-        new = cell.layout not in {c.layout for c in self.row}  # the bar counts rows x layouts
+        if self.done and self.done[0].layout != cell.layout:
+            self._finish_layout()
+        new = cell.row not in {c.row for c in self.done}  # the bar counts rows x layouts
         self.bar.update(self.task, advance=new, description=escape(f"{cell.row} {cell.layout}"))
-        self.row.append(cell)
+        self.done.append(cell)
 
     def __exit__(self, *_: object) -> None:
-        self._finish_row()
+        self._finish_layout()
         self.bar.stop()
 
-    def _finish_row(self) -> None:
-        if self.row and not self.console.is_terminal:
-            self.console.print(Text(f"{self.row[0].row}  ").append(_tally(self.row)))
-        self.row = []
+    def _finish_layout(self) -> None:
+        if self.done and not self.console.is_terminal:
+            self.console.print(Text(f"{self.done[0].layout}  ").append(_tally(self.done)))
+        self.done = []

@@ -194,7 +194,7 @@ def test_table_says_what_failed(mixed):
     assert "ERROR mixtral  tp1  config" in out
     assert "rank 1 was killed" in out
     assert f"skip  2 x {SKIP}" in out
-    assert "NOT OK: 4 pass, 2 fail, 1 error, 2 skip in 12.5 s\nspeed: two ranks, s 0.11\n" in out
+    assert "NOT OK: 4 pass, 2 fail, 1 error, 2 skip in 12.5 s\nspeed: two ranks, s 0.112\n" in out
 
 
 def test_table_is_legible_in_a_log():
@@ -210,24 +210,25 @@ def test_table_is_legible_in_a_log():
 
 def run_progress(console: Console) -> None:
     with ProgressPrinter(console) as progress:
-        progress.start(3)
-        for c in cell(), cell(check="grads"), cell(layout="tp4"), cell("[/x]", status="fail", value=1.0):
+        progress.start(4)
+        for c in cell(), cell(check="grads"), cell("[/x]"), cell("[/x]", "tp4", status="fail", value=1.0):
             progress.cell(c)
 
 
 def test_progress_in_a_log():
-    """Off a terminal: a line per row once it is finished, and nothing else."""
+    """Off a terminal: a line per layout once it is finished, and nothing else."""
     out = io.StringIO()
     run_progress(Console(file=out, width=100))
-    assert out.getvalue() == "llama3  3 ok\n[/x]  1/1 FAIL\n"
+    assert out.getvalue() == "tp2  3 ok\ntp4  1/1 FAIL\n"
 
 
 def test_progress_on_a_terminal():
     """On a terminal the bar counts rows x layouts, not cells."""
     out = io.StringIO()
     run_progress(Console(file=out, width=100, force_terminal=True))
-    assert "100%" in out.getvalue()
-    assert "[/x] tp2" in out.getvalue()
+    assert "75%" in out.getvalue()
+    assert "100%" not in out.getvalue()
+    assert "[/x] tp4" in out.getvalue()
 
 
 def test_progress_survives_an_error_before_start():

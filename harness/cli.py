@@ -1,0 +1,204 @@
+"""The `goldengate` command. Exit 0: all green, 1: a mismatch, 2: usage or bad input (one line says what)."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Proves that a bridge between Hugging Face and Megatron-Core is right.")
+golden_app = typer.Typer(no_args_is_help=True, help="The stored reference values.")
+convert_app = typer.Typer(no_args_is_help=True, help="Real checkpoints, in any layout.")
+app.add_typer(golden_app, name="golden")
+app.add_typer(convert_app, name="convert")
+
+JsonOption = Annotated[str | None, typer.Option("--json", help="Write JSON to this file; - is standard output.")]
+Rows = Annotated[list[str] | None, typer.Argument(help="Rows (toy models); all when none is given.")]
+LayoutOption = Annotated[str, typer.Option("--layout", help="e.g. tp2-pp2-ep2-sp")]
+TrustOption = Annotated[bool | None, typer.Option("--trust-remote-code/--no-trust-remote-code",
+                                                  help="May code that the checkpoint ships run?")]
+
+
+def _write_json(target: str | None, data: Any) -> None:
+    if target == "-":
+        print(json.dumps(data, indent=1))
+    elif target:
+        Path(target).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _words(values: list[str] | None) -> list[str]:
+    """Options may be repeated or hold commas."""
+    return [word for value in values or [] for word in value.split(",") if word]
+
+
+@app.command()
+def families(json_file: JsonOption = None) -> None:
+    """The rows: model type, architecture, mechanisms, and the layouts each is proven in."""
+    import toy_models
+    from rich.console import Console
+    from rich.table import Table
+
+    from harness import goldens
+    from harness.layouts import choose
+    from harness.verify import describe, has_experts
+
+    rows = [{**describe(row, choose("full", experts=has_experts(row))), "golden": row in goldens.list_goldens()}
+            for row in toy_models.rows()]
+    _write_json(json_file, rows)
+    if json_file != "-":
+        table = Table("row", "model type", "architecture", "mechanisms", "layouts", "golden", box=None)
+        for r in rows:
+            table.add_row(r["row"], r["model_type"], r["architecture"], ", ".join(r["mechanisms"]), str(len(r["layouts"])),
+                          "yes" if r["golden"] else "missing")
+        Console().print(table)
+
+
+@app.command()
+def verify(
+    rows: Rows = None,
+    layouts: Annotated[list[str] | None, typer.Option(help="quick, full, or layouts; commas or repeated.")] = None,
+    checks: Annotated[list[str] | None, typer.Option(help="config, complete, roundtrip, logits, reload; all by default.")]
+    = None,
+    json_file: JsonOption = None,
+    html: Annotated[str | None, typer.Option(help="Write the report as one static page.")] = None,
+) -> None:
+    """Check rows in layouts, on this machine, with Megatron-Core's own models and collectives."""
+    import toy_models
+    from rich.console import Console
+
+    from harness import goldens
+    from harness.report import ProgressPrinter, print_table
+    from harness.verify import verify_rows
+
+    chosen = rows or toy_models.rows()
+    for row in chosen:
+        toy_models.config_dict(row)  # an unknown row is named before anything runs
+    if not rows:
+        for name in goldens.orphans():
+            raise ValueError(f"golden {name} has no row: delete goldens/{name}.safetensors or restore its row")
+    with ProgressPrinter() as progress:
+        report = verify_rows(chosen, which=_words(layouts) or "quick", checks=_words(checks) or None,
+                             started=progress.start, cell=progress.cell)
+    if json_file:
+        report.save_json(json_file)
+    if html:
+        report.save_html(html)
+    print_table(report, Console(stderr=json_file == "-"))
+    raise typer.Exit(report.exit_code)
+
+
+# -- golden ----------------------------------------------------------------------------------------------------------
+
+@golden_app.command("regen")
+def golden_regen(
+    rows: Annotated[list[str], typer.Argument(help="Rows whose golden is made anew.")],
+    reason: Annotated[str, typer.Option(help="Why; kept in the golden's provenance.")],
+) -> None:
+    """Compute goldens from Hugging Face in fp32 and print how far they drift from the old ones."""
+    from harness import goldens
+
+    for row in rows:
+        print(goldens.regen(row, reason))
+
+
+@golden_app.command("diff")
+def golden_diff(rows: Rows = None) -> None:
+    """What a regeneration would change; exit 1 when it would change logits by more than the row's gate."""
+    from harness import goldens
+
+    drifted = False
+    for row in rows or goldens.list_goldens():
+        drift = goldens.diff(row)
+        drifted |= drift.value is None or not drift.value <= goldens.load(row).gate
+        print(drift)
+    raise typer.Exit(1 if drifted else 0)
+
+
+@golden_app.command("list")
+def golden_list(json_file: JsonOption = None) -> None:
+    """Every golden with its gate, noise and versions; exit 1 for missing and orphaned ones."""
+    from harness import goldens
+
+    rows = [{"row": row, **goldens.load(row).provenance} for row in goldens.list_goldens() if row not in goldens.orphans()]
+    _write_json(json_file, {"goldens": rows, "missing": goldens.missing(), "orphans": goldens.orphans()})
+    if json_file != "-":
+        for r in rows:
+            noise = ", ".join(f"{k} {v:.1e}" for k, v in r["noise"].items())
+            print(f"{r['row']:24} gate {r['gate']:.1e}  noise {noise}  torch {r['versions']['torch']}, "
+                  f"transformers {r['versions']['transformers']}  ({r['reason']})")
+        for kind in ("missing", "orphans"):
+            for row in getattr(goldens, kind)():
+                print(f"{kind}: {row}", file=sys.stderr)
+    raise typer.Exit(1 if goldens.missing() or goldens.orphans() else 0)
+
+
+# -- convert ---------------------------------------------------------------------------------------------------------
+
+@convert_app.command("roundtrip")
+def convert_roundtrip(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder.")],
+    layout: LayoutOption = "tp1",
+    target: Annotated[Path | None, typer.Option(help="Keep the exported folder here (default: a temporary one).")] = None,
+    trust_remote_code: TrustOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Hugging Face -> Megatron in a layout -> Hugging Face, compared bit for bit."""
+    from harness.convert import roundtrip
+
+    result = roundtrip(source, layout, target, trust_remote_code)
+    _write_json(json_file, result)
+    raise typer.Exit(1 if result["differences"] else 0)
+
+
+@convert_app.command("import")
+def convert_import(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder.")],
+    target: Annotated[Path, typer.Argument(help="A new folder for the Megatron checkpoint.")],
+    layout: LayoutOption = "tp1",
+    trust_remote_code: TrustOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Hugging Face -> a Megatron distributed checkpoint."""
+    from harness.convert import import_checkpoint
+
+    _write_json(json_file, import_checkpoint(source, target, layout, trust_remote_code))
+
+
+@convert_app.command("export")
+def convert_export(
+    source: Annotated[Path, typer.Argument(help="A folder made by convert import (or Megatron's own torch_dist format).")],
+    target: Annotated[Path, typer.Argument(help="A new Hugging Face folder.")],
+    reference: Annotated[Path, typer.Option("--hf", help="The Hugging Face folder whose names, dtypes and config to use.")],
+    layout: LayoutOption = "tp1",
+    trust_remote_code: TrustOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """A Megatron distributed checkpoint -> Hugging Face."""
+    from harness.convert import export_checkpoint
+
+    _write_json(json_file, export_checkpoint(source, target, reference, layout, trust_remote_code))
+
+
+def main() -> None:
+    """Run the command; what a user did wrong is one line on stderr and exit code 2."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore")
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"goldengate: {lines[0]}", file=sys.stderr)
+        if os.environ.get("GOLDENGATE_DEBUG"):
+            raise
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

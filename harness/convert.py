@@ -1,0 +1,216 @@
+"""`goldengate convert`: real checkpoints on forked ranks of this machine, with progress and memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from bridges import AutoBridge, CheckpointError, Layout, cpu_substitutions
+from bridges.checkpoint import Checkpoint, same_bytes
+from bridges.checkpoint_writer import CheckpointWriter
+from bridges.provider import ensure_process_groups
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from harness import jobs
+from harness.ranks import Ranks
+from harness.verify import quiet
+
+DEADLINE_S = 24 * 3600.0
+MAX_RANKS = 64  # forked ranks on one machine
+
+_counter = None  # shared by the forked ranks: parameters done
+
+
+def roundtrip(source: Path, layout_text: str, target: Path | None, trust: bool | None) -> dict[str, Any]:
+    """Import and export; returns seconds, bytes, each rank's peak memory and the differences (none when exact)."""
+    scratch = Path(tempfile.mkdtemp(prefix="goldengate-", dir=source.parent if target is None else None))
+    out = target or scratch / "exported"
+    try:
+        with _Conversion(source, layout_text, trust) as conversion:
+            took = conversion.run("import", _import)
+            wrote = conversion.run("export", _export, str(out))
+            memory = conversion.memory()
+        start = time.perf_counter()
+        with Checkpoint.open(source) as a, Checkpoint.open(out) as b:
+            differences = same_bytes(a, b)
+        compared = time.perf_counter() - start
+        result = {"layout": str(conversion.layout), "bytes": conversion.nbytes, "import_s": took, "export_s": wrote,
+                  "compare_s": compared, "peak_mib": memory, "differences": differences}
+        _say(result)
+        return result
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def import_checkpoint(source: Path, target: Path, layout_text: str, trust: bool | None) -> dict[str, Any]:
+    """Hugging Face -> Megatron's own distributed checkpoint, written by all ranks."""
+    _must_be_new(target)
+    with _Conversion(source, layout_text, trust) as conversion:
+        took = conversion.run("import", _import)
+        part = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            saved = conversion.run("save", _save, str(part))
+            part.rename(target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return {"layout": str(conversion.layout), "bytes": conversion.nbytes, "import_s": took, "save_s": saved,
+                "peak_mib": conversion.memory()}
+
+
+def export_checkpoint(source: Path, target: Path, reference: Path, layout_text: str, trust: bool | None) -> dict[str, Any]:
+    """A Megatron distributed checkpoint -> a Hugging Face folder with the reference's names, dtypes and files."""
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is not a folder: give a Megatron checkpoint")
+    _must_be_new(target)
+    with _Conversion(reference, layout_text, trust) as conversion:
+        took = conversion.run("load", _load, str(source))
+        wrote = conversion.run("export", _export, str(target))
+        return {"layout": str(conversion.layout), "bytes": conversion.nbytes, "load_s": took, "export_s": wrote,
+                "peak_mib": conversion.memory()}
+
+
+def _must_be_new(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} is not empty: empty it or choose another folder")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{target.parent} is not a folder: make it before writing {target.name}")
+    if target.is_dir():
+        target.rmdir()
+
+
+class _Conversion:
+    """Ranks that hold the model of a checkpoint in a layout, and a progress bar over what they do."""
+
+    def __init__(self, source: Path, layout_text: str, trust: bool | None):
+        global _counter
+        quiet()
+        self.layout = Layout.parse(layout_text)
+        if self.layout.world_size > MAX_RANKS:
+            raise ValueError(f"layout {self.layout} has {self.layout.world_size} ranks; this machine forks at most {MAX_RANKS}")
+        # Everything that can be wrong with the input is found here, before any rank is forked or file is made.
+        bridge = AutoBridge.from_hf_pretrained(source, trust)
+        bridge.to_megatron_provider(load_weights=False).apply_layout(self.layout).check_layout()
+        self.nbytes = sum(info.nbytes for info in bridge.hf_pretrained.checkpoint.tensors.values())
+        cpu_substitutions.install()
+        torch.set_num_threads(1)
+        import multiprocessing
+
+        _counter = multiprocessing.get_context("fork").Value("q", 0)
+        self.ranks = Ranks()
+        self.total = sum(self.ranks.run(self.layout.world_size, _build, str(source), trust, self.layout,
+                                        deadline_s=DEADLINE_S))
+
+    def run(self, what: str, job, *args) -> float:
+        """Seconds that a job took on all ranks, with a bar over parameters."""
+        assert _counter is not None
+        _counter.value = 0
+        start, done = time.perf_counter(), threading.Event()
+        columns = (TextColumn(f"{what} {self.layout}"), BarColumn(), MofNCompleteColumn(), TextColumn("parameters"),
+                   TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(what, total=self.total)
+
+            def watch():
+                while not done.wait(0.1):
+                    bar.update(task, completed=_counter.value)
+
+            watcher = threading.Thread(target=watch, daemon=True)
+            watcher.start()
+            try:
+                self.ranks.run(self.layout.world_size, job, *args, deadline_s=DEADLINE_S)
+            finally:
+                done.set()
+                watcher.join()
+                bar.update(task, completed=_counter.value)
+        return time.perf_counter() - start
+
+    def memory(self) -> list[dict[str, float]]:
+        return self.ranks.run(self.layout.world_size, _memory)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.ranks.close()
+
+
+def _say(result: dict[str, Any]) -> None:
+    console, gb = Console(stderr=True), result["bytes"] / 1e9
+    console.print(f"{gb:.2f} GB: import {result['import_s']:.1f} s ({gb / result['import_s']:.2f} GB/s), "
+                  f"export {result['export_s']:.1f} s ({gb / result['export_s']:.2f} GB/s), compared in "
+                  f"{result['compare_s']:.1f} s", highlight=False)
+    for rank, m in enumerate(result["peak_mib"]):
+        console.print(f"rank {rank}: {m['private']:,.0f} MiB of its own ({m['parameters']:,.0f} MiB parameters), peak with "
+                      f"mapped files {m['peak']:,.0f} MiB", highlight=False)
+    for line in result["differences"]:
+        console.print(f"DIFFERS  {line}", highlight=False)
+    if not result["differences"]:
+        console.print(f"bit-exact in {result['layout']}", highlight=False)
+
+
+# -- on ranks --------------------------------------------------------------------------------------------------------
+
+def _build(source: str, trust: bool | None, layout: Layout) -> int:
+    """Build the model, unfilled; returns the number of this rank's parameters."""
+    jobs.use_layout(layout)
+    bridge = AutoBridge.from_hf_pretrained(source, trust)
+    provider = bridge.to_megatron_provider(load_weights=False)
+    provider.perform_initialization = False
+    provider.apply_layout(layout).finalize()
+    ensure_process_groups(provider, layout)
+    jobs.set_current(jobs.Current(bridge, provider, provider.provide_distributed_model(wrap_with_ddp=False)))
+    return len(bridge.get_conversion_tasks(jobs.current().chunks))
+
+
+def _count(_name: str) -> None:
+    assert _counter is not None
+    with _counter.get_lock():
+        _counter.value += 1
+
+
+def _import() -> None:
+    this = jobs.current()
+    this.bridge.load_hf_weights(this.chunks, progress=_count)
+
+
+def _export(target: str) -> None:
+    this = jobs.current()
+    this.bridge.save_hf_pretrained(this.chunks, target, progress=_count)
+
+
+def _save(target: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    dist_checkpointing.save(_sharded_state(), target, validate_access_integrity=False)
+
+
+def _load(source: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    state = dist_checkpointing.load(_sharded_state(), source)
+    for key, chunk in jobs.current().keyed_chunks():
+        chunk.load_state_dict(state[key], strict=False)
+
+
+def _sharded_state() -> dict[str, Any]:
+    return {key: chunk.sharded_state_dict() for key, chunk in jobs.current().keyed_chunks()}
+
+
+def _memory() -> dict[str, float]:
+    """MiB: peak resident, private (what this rank does not share with others or with files), parameters."""
+    with open("/proc/self/smaps_rollup") as lines:
+        sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines if "kB" in line}
+    parameters = sum(t.numel() * t.element_size() for c in jobs.current().chunks for t in c.parameters())
+    return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "private": (sizes["Private_Dirty"] + sizes.get("Swap", 0)) / 1024, "parameters": parameters / 2**20,
+            "pid": os.getpid()}
