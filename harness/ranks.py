@@ -120,6 +120,8 @@ def _serve(rank: int, world_size: int, connection: Connection, folder: Path) -> 
     stack = open(folder / f"stack{rank}", "w")  # noqa: SIM115 - lives as long as the process
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A rank dies with its parent, as daemons do, and may all the same fork: Megatron's checkpoint writers are children.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     torch.set_num_threads(1)
     ready = False
     while True:

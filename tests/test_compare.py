@@ -72,7 +72,7 @@ def test_the_limit_is_included():
 
 
 def test_the_detail_names_the_worst_position_and_counts_the_argmax():
-    """Of six rows one has its largest value elsewhere; a larger difference that keeps the argmax is the worst."""
+    """Of six rows one has its largest value elsewhere; the worst difference keeps its row's argmax."""
     expected = torch.arange(24.0).reshape(2, 3, 4)
     actual = expected.clone()
     actual[0, 1, 0] = 7.5  # above the row's largest, 7

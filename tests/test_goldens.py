@@ -213,7 +213,7 @@ def test_the_exact_reference_computes_nothing_in_float32(row):
 
 def test_a_missing_golden_says_how_to_make_it(folder):
     goldens.path("qwen2").unlink()
-    with pytest.raises(ValueError, match='make it with: goldengate golden regen qwen2 --reason "..."'):
+    with pytest.raises(ValueError, match="make it with: goldengate golden regen qwen2 --reason"):
         goldens.load("qwen2")
     assert goldens.missing() == ["qwen2"]
     assert goldens.list_goldens() == []
@@ -234,7 +234,7 @@ def test_a_tampered_tensor_is_refused(folder):
     logits = goldens.load("qwen2").logits.clone()
     logits[3, 23, 130] = torch.nextafter(logits[3, 23, 130], torch.tensor(9e9))
     rewrite({"logits": logits})
-    with pytest.raises(ValueError, match="do not match the hash.*goldengate golden regen qwen2"):
+    with pytest.raises(ValueError, match=r"do not match the hash.*goldengate golden regen qwen2"):
         goldens.load("qwen2")
     assert 0 < goldens.diff("qwen2").value < 1e-6, "diff and regen still work, to repair it"
     goldens.regen("qwen2", "repair")
@@ -259,9 +259,7 @@ def test_a_file_that_is_no_golden_is_an_error_with_a_way_out(folder, content):
 
 def test_a_stale_golden_says_what_changed(folder):
     assert fresh("qwen2") is None
-    config_hash, weights_hash = (
-        goldens.load("qwen2").provenance[f"{what}_hash"] for what in ("config", "weights")
-    )
+    config_hash = goldens.load("qwen2").provenance["config_hash"]
     assert "from another weights;" in goldens.check_fresh("qwen2", config_hash, "0")
     assert "from another config and other weights;" in goldens.check_fresh("qwen2", "0", "0")
     change_config(folder, rms_norm_eps=1e-6)

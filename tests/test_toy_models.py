@@ -50,7 +50,7 @@ def test_rows_are_sorted_with_each_base_before_its_twin():
 
 
 def test_a_twin_is_its_base_with_square_experts():
-    """Expert matrices [64, 64]: an orientation guessed from the shape, or a transposition, does not show there."""
+    """Expert matrices [64, 64]: a transposition or a guessed orientation is no error of shape there."""
     for row in MOE_ROWS:
         config = toy_models.config_dict(row)
         ffn = config["moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"]
@@ -74,7 +74,7 @@ def test_a_config_is_a_copy_without_our_own_keys():
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_hub_config_arrives_in_transformers(row):
-    """Every key of config.json that transformers keeps has its value there; rope keys are in rope_parameters."""
+    """Every key that transformers keeps has config.json's value; rope keys arrive in rope_parameters."""
     hub, config = toy_models.config_dict(row), toy_models.hf_config(row)
     rope = {"rope_type": "default", "rope_theta": hub["rope_theta"], **(hub.get("rope_scaling") or {})}
     rope |= {key: hub[key] for key in ["partial_rotary_factor"] if key in hub}
@@ -149,7 +149,7 @@ def test_inputs_are_pinned_distinct_between_rows_and_longer_than_every_window():
         ids, config = toy_models.inputs(row), toy_models.config_dict(row)
         assert ids.shape == (4, 24)
         assert ids.dtype == torch.int64
-        assert 0 <= ids.min()
+        assert ids.min() >= 0
         assert ids.max() < config["vocab_size"]
         assert (config.get("sliding_window") or 0) < 24
         assert config.get("pad_token_id") not in ids.flatten().tolist()
@@ -157,7 +157,7 @@ def test_inputs_are_pinned_distinct_between_rows_and_longer_than_every_window():
 
 @pytest.mark.parametrize("row", MOE_ROWS)
 def test_no_router_is_undecided_and_no_expert_idle(row):
-    """Else rounding would pick an expert, or an expert's weights would not matter; change `_inputs_seed` then.
+    """Else rounding picks an expert, or an expert's weights do not matter; then change `_inputs_seed`.
 
     The margin between the last chosen expert and the next is in router logits, whose own noise is about 1e-6.
     """
@@ -194,7 +194,7 @@ def test_no_router_is_undecided_and_no_expert_idle(row):
     ],
 )
 def test_random_tensor_is_pinned_bit_for_bit(kind, bits):
-    """Goldens made on one machine hold on every other, with any numpy: a change here makes all of them stale."""
+    """Goldens made on one machine hold on every other, with any numpy; a change here makes all stale."""
     values = toy_models.random_tensor("model.layers.0.mlp.up_proj.weight", (2, 3), kind=kind)
     assert values.dtype == np.float32
     assert values.flatten()[:3].view("<u4").tolist() == bits
@@ -206,7 +206,7 @@ def test_random_tensor_depends_on_name_and_seed_and_not_on_what_came_before():
 
     first = make()
     torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)
     assert (make() == first).all()
     assert (make(seed=1) != first).all()
     assert (make(name="b") != first).all()
@@ -358,7 +358,7 @@ def test_every_tensor_matters_to_the_logits(row):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_transformers_loads_what_is_written(row, tmp_path):
-    """No key missing or left over, several shards, an index that is true, and the same logits to the last bit."""
+    """No key missing or left over, three shards, a true index, and the same logits to the last bit."""
     folder = toy_models.write(row, tmp_path / "model")
     assert json.loads((folder / "config.json").read_text()) == toy_models.config_dict(row)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -396,7 +396,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("row", PUBLISHED)
 def test_names_on_disk_are_the_published_ones(row, tmp_path):
-    """facts: the Mixtral, Qwen3-MoE and Phi-3 repositories; in memory transformers fuses the experts."""
+    """Those of the Mixtral, Qwen3-MoE and Phi-3 repositories; in memory transformers fuses the experts."""
     tensors = read_folder(toy_models.write(row, tmp_path))
     layer = {name.removeprefix(LAYER) for name in tensors if name.startswith(LAYER)}
     assert layer == PUBLISHED[row] | NORMS
@@ -451,7 +451,7 @@ def test_shards_are_filled_in_order_and_a_larger_tensor_stands_alone():
 
 
 def test_a_streamed_checkpoint_refuses_renamed_models_and_odd_dtypes(tmp_path):
-    with pytest.raises(ValueError, match="mixtral: .* not the published ones"):
+    with pytest.raises(ValueError, match=r"mixtral: .* not the published ones"):
         toy_models.write_config_checkpoint(
             toy_models.config_dict("mixtral"), tmp_path, dtype=torch.bfloat16, max_shard_bytes=1
         )
