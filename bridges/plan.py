@@ -218,14 +218,14 @@ def _fault(numel: int, boxes: tuple[Box, ...], gaps_allowed: bool) -> str | None
         unit = math.gcd(unit, box.offset, run, *(stride for _, stride in outer))
         runs.append((box.offset, run, outer))
     if not numel or not boxes:
-        return None if not numel else f"no element of {numel} is covered"
+        return None if not numel or gaps_allowed else f"no element of {numel} is covered"
     counts = np.zeros(numel // unit, np.uint16)
     for offset, run, outer in runs:
         shape = (*(size for size, _ in outer), run // unit)
         strides = (*(stride // unit for _, stride in outer), 1)
         end = offset // unit + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        if end >= len(counts):
-            return f"a copy reaches element {end * unit}, beyond its {numel}"
+        if offset < 0 or end >= len(counts):
+            return f"a copy reaches element {offset if offset < 0 else end * unit}, outside its {numel}"
         view = np.lib.stride_tricks.as_strided(counts[offset // unit:], shape, tuple(s * counts.itemsize for s in strides))
         view += 1
     missing, twice = int((counts == 0).sum()) * unit, int((counts > 1).sum()) * unit

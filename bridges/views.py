@@ -72,6 +72,8 @@ def parse(text: str) -> Expression:
     dims: list[tuple] = []
     stream = iter(tokens)
     for token in stream:
+        if token in ")[]|*":
+            raise ViewError(f"view {text!r}: unexpected {token!r} outside brackets")
         dims.append(tuple(_group(stream, text)) if token == "(" else (token,))
     kept = _kept_symbols(dims)
     shard, feature, rest = (tuple(g.split()) for g in groups)
@@ -95,8 +97,10 @@ def _group(stream: Iterator[str], text: str) -> Iterator[str | Segments]:
                     current = []
                     if inner == "]":
                         break
-                elif inner == "*":
+                elif inner == "*" and pick is None:
                     pick = len(options)
+                elif inner in "()[*":
+                    raise ViewError(f"view {text!r}: unexpected {inner!r} in a segment")
                 else:
                     current.append(inner)
             if pick is None or not all(options):

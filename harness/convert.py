@@ -189,8 +189,13 @@ def _export(target: str) -> None:
 
 
 def _save(target: str) -> None:
-    from megatron.core import dist_checkpointing
+    import queue
 
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # Its writers are threads of this rank; Megatron would start a manager process, which imports the program once more.
+    filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
     dist_checkpointing.save(_sharded_state(), target, validate_access_integrity=False)
 
 

@@ -111,7 +111,8 @@ def activations(input_ids: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]:
     def hook(name):
         def save(module, args, output):
             out = output[0] if isinstance(output, tuple) else output
-            found.setdefault(name, []).append(out.detach().float().transpose(0, 1))
+            # A copy: without gradients Megatron adds the residual to this very tensor.
+            found.setdefault(name, []).append(out.detach().float().transpose(0, 1).clone())
         return save
 
     handles = []

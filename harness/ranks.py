@@ -69,6 +69,7 @@ class Pool:
                 try:
                     ok, value = connection.recv()  # type: ignore[union-attr]
                 except (EOFError, OSError):
+                    self.processes[rank].join(1)  # its pipe closes a moment before it has an exit code
                     ok, value = False, (f"rank {rank} died", f"exit code {self.processes[rank].exitcode}")
                 if ok:
                     results[rank] = value
@@ -81,7 +82,7 @@ class Pool:
             failures.setdefault(rank, (f"rank {rank} gave no answer to {function.__name__} in {deadline_s:g} s",
                                        self._stack(rank)))
         self.close()
-        raise _joined(failures)
+        raise _joined(failures, self.world_size)
 
     def _stack(self, rank: int) -> str:
         """Where a silent rank stands: it writes its Python stack when asked by signal."""
@@ -102,16 +103,17 @@ class Pool:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _joined(failures: dict[int, tuple[str, str]]) -> RankError:
+def _joined(failures: dict[int, tuple[str, str]], world_size: int) -> RankError:
     """The failure that came of itself first: ranks that only lost their peer say less."""
     def secondary(item):
         message = item[1][0]
         return any(word in message for word in ("Connection closed", "gave no answer", "Connection reset", "timed out"))
 
     ordered = sorted(failures.items(), key=lambda item: (secondary(item), item[0]))
-    message = ordered[0][1][0]
-    if len(ordered) > 1:
-        message += f" (on rank {ordered[0][0]}; {len(ordered)} ranks failed)"
+    rank, (message, _) = ordered[0]
+    notes = [f"on rank {rank}"] if world_size > 1 and not message.startswith(f"rank {rank} ") else []
+    notes += [f"{len(ordered)} ranks failed"] if len(ordered) > 1 else []
+    message += f" ({'; '.join(notes)})" if notes else ""
     return RankError(message, "\n".join(f"--- rank {rank}\n{stack}" for rank, (_, stack) in ordered))
 
 

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
 
+from bridges import (
+    ColumnParallelMapping,
+    ConcatenatedGatedMLPMapping,
+    ConcatenatedQKVMapping,
+    GatedMLPMapping,
+    Layout,
+    LayoutError,
+    Mapping,
+    Part,
+    QKVMapping,
+    ReplicatedMapping,
+    RowParallelMapping,
+)
 from bridges.checkpoint import DTYPES, SINGLE_FILE
 
 
@@ -39,3 +53,159 @@ def checkpoint_files(draw: st.DrawFn) -> dict[str, dict[str, torch.Tensor]]:
     for i, (name, tensor) in enumerate(tensors.items()):
         files[list(files)[i % count]][name] = tensor
     return files
+
+
+# Layouts and conversions.
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """Any layout that can be: every axis 1 to 4, an explicit split or none."""
+    axes = {axis: draw(st.integers(1, 4)) for axis in ("tp", "pp", "ep", "cp", "dp")}
+    axes["vpp"] = draw(st.integers(1, 3)) if axes["pp"] > 1 else 1
+    etp = draw(st.none() | st.integers(1, 4))
+    chunks = axes["pp"] * axes["vpp"]
+    split = draw(st.none() | st.lists(st.integers(0, 5), min_size=chunks, max_size=chunks).map(tuple))
+    sp = draw(st.booleans()) if axes["tp"] > 1 else False
+    try:
+        return Layout(**axes, etp=etp, sp=sp, split=split)
+    except LayoutError:  # a data-parallel size that leaves no room for the experts: take the smallest that does
+        return Layout(**{**axes, "dp": 1}, etp=etp, sp=sp, split=split)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Hugging Face tensors and the Megatron parameters they become, with the tensor-parallel sizes that divide.
+
+    `shape` is that of each parameter in `names` on one rank (tp = 1); `dims` are the numbers drawn.
+    """
+
+    kind: str
+    mapping: Mapping
+    names: tuple[str, ...]
+    hf_shapes: dict[str, tuple[int, ...]]
+    shape: tuple[int, ...]
+    sizes: dict[str, int]
+    dims: dict[str, int]
+    tps: tuple[int, ...]
+
+
+def divisors(number: int, most: int = 16) -> tuple[int, ...]:
+    return tuple(d for d in range(1, most + 1) if number % d == 0)
+
+
+def _attention(dims: dict[str, int]) -> dict[str, int]:
+    return {symbol: dims[symbol] for symbol in ("g", "n", "d")}
+
+
+def _qkv(draw, dims, bias, fused) -> Conversion:
+    g, n, d, h = (dims[s] for s in "gndh")
+    kind = "bias" if bias else "weight"
+    rows = {"q": g * n * d, "k": g * d, "v": g * d}
+    tail = () if bias else (h,)
+    megatron = f"decoder.layers.*.self_attention.linear_qkv.{kind}"
+    if fused:
+        mapping = ConcatenatedQKVMapping(megatron, f"layers.*.qkv_proj.{kind}")
+        shapes = {f"layers.3.qkv_proj.{kind}": (sum(rows.values()), *tail)}
+    else:
+        mapping = QKVMapping(megatron, **{p: f"layers.*.{p}_proj.{kind}" for p in rows})
+        shapes = {f"layers.3.{p}_proj.{kind}": (count, *tail) for p, count in rows.items()}
+    name, shape = megatron.replace("*", "3"), (sum(rows.values()), *tail)
+    return Conversion("qkv", mapping, (name,), shapes, shape, _attention(dims), dims, divisors(shape[0]))
+
+
+def _gated(draw, dims, fused) -> Conversion:
+    f, h = dims["f"] * dims["t"], dims["h"]
+    megatron = "decoder.layers.*.mlp.linear_fc1.weight"
+    if fused:
+        mapping = ConcatenatedGatedMLPMapping(megatron, "layers.*.gate_up_proj.weight")
+        shapes = {"layers.0.gate_up_proj.weight": (2 * f, h)}
+    else:
+        mapping = GatedMLPMapping(megatron, gate="layers.*.gate.weight", up="layers.*.up.weight")
+        shapes = {"layers.0.gate.weight": (f, h), "layers.0.up.weight": (f, h)}
+    return Conversion("gated", mapping, (megatron.replace("*", "0"),), shapes, (2 * f, h), {}, dims, divisors(f))
+
+
+def _one(draw, dims, which) -> Conversion:
+    rows, h = dims["f"] * dims["t"], dims["h"]
+    name, mapping, shape, tps = {
+        "column": ("in_proj.weight", ColumnParallelMapping, (rows, h), divisors(rows)),
+        "column bias": ("in_proj.bias", ColumnParallelMapping, (rows,), divisors(rows)),
+        "row": ("linear_proj.weight", RowParallelMapping, (h, rows), divisors(rows)),
+        "replicated": ("norm.weight", ReplicatedMapping, (rows,), (1, 2, 4)),
+    }[which]
+    kind = which.split()[0]
+    return Conversion(kind, mapping(name, "it"), (name,), {"it": shape}, shape, {}, dims, tps)
+
+
+def _vocabulary(draw, dims) -> Conversion:
+    vocab, h = draw(st.integers(1, 40)), dims["h"]
+    multiple = draw(st.sampled_from([1, 4, 16]))
+    name = "embedding.word_embeddings.weight"
+    padded = -(-vocab // multiple) * multiple
+    return Conversion("vocabulary", ColumnParallelMapping(name, "embed"), (name,), {"embed": (vocab, h)},
+                      (padded, h), {}, dims, (1, 2, 3, 4, 8))
+
+
+def _experts(draw, dims, which) -> Conversion:
+    e, f, h = dims["e"], dims["f"] * dims["t"], dims["h"]
+    fc = "linear_fc2" if which == "down" else "linear_fc1"
+    megatron = f"decoder.layers.*.mlp.experts.{fc}.weight*"
+    gate_up = {
+        "rows": ("e ([{}t f | {}t f]) h -> t ; f ; h", (e, 2 * f, h)),
+        "columns": ("e h ([{}t f | {}t f]) -> t ; f ; h", (e, h, 2 * f)),
+        "interleaved": ("e (t f [{}u | {}u]) h -> t ; f u ; h", (e, 2 * f, h)),
+    }
+    if which == "down":
+        mapping = Mapping(megatron, (Part("layers.*.down", "e o (t i) -> t ; o ; i"),), sharding="row")
+        shapes, shape = {"layers.1.down": (e, h, f)}, (h, f)
+    elif which == "apart":
+        mapping = GatedMLPMapping(megatron, gate="layers.*.experts.*.gate", up="layers.*.experts.*.up")
+        shapes = {f"layers.1.experts.{i}.{p}": (f, h) for i in range(e) for p in ("gate", "up")}
+        shape = (2 * f, h)
+    else:
+        view, hf_shape = gate_up[which]
+        parts = tuple(Part("layers.*.gate_up", view.format(*marks)) for marks in (("*", ""), ("", "*")))
+        mapping = Mapping(megatron, parts, sizes={"u": 1})
+        shapes, shape = {"layers.1.gate_up": hf_shape}, (2 * f, h)
+    names = tuple(f"decoder.layers.1.mlp.experts.{fc}.weight{i}" for i in range(e))
+    return Conversion(f"experts {which}", mapping, names, shapes, shape, {"u": 1}, dims, divisors(f))
+
+
+def _packed(draw, dims) -> Conversion:
+    """Gated DeltaNet as Qwen3-Next packs it: per key head q, k, then v and z of its r value heads; b and a apart."""
+    t, k, d, r, e, h = (dims[s] for s in ("t", "g", "d", "n", "e", "h"))
+    heads = t * k
+    qkvz = [" | ".join(("*" if i == pick else "") + w for i, w in enumerate(("d", "d", "r e", "r e")))
+            for pick in range(4)]
+    ba = ["*r | r", "r | *r"]
+    features = ["k d", "k d", "k r e", "k r e", "k r", "k r"]
+    parts = tuple(Part(source, f"(t k [{segments}]) h -> t ; {feature} ; h") for source, segments, feature in
+                  zip(["qkvz"] * 4 + ["ba"] * 2, qkvz + ba, features, strict=True))
+    name = "decoder.layers.0.self_attention.in_proj.weight"
+    shapes = {"qkvz": (heads * 2 * (d + r * e), h), "ba": (heads * 2 * r, h)}
+    rows = shapes["qkvz"][0] + shapes["ba"][0]
+    return Conversion("packed", Mapping(name, parts), (name,), shapes, (rows, h), {"d": d, "r": r, "e": e}, dims,
+                      divisors(heads))
+
+
+_KINDS = {
+    "qkv": lambda draw, dims: _qkv(draw, dims, draw(st.booleans()), fused=False),
+    "fused qkv": lambda draw, dims: _qkv(draw, dims, draw(st.booleans()), fused=True),
+    "gated": lambda draw, dims: _gated(draw, dims, fused=False),
+    "fused gated": lambda draw, dims: _gated(draw, dims, fused=True),
+    "one": lambda draw, dims: _one(draw, dims, draw(st.sampled_from(["column", "column bias", "row", "replicated"]))),
+    "vocabulary": _vocabulary,
+    "experts": lambda draw, dims: _experts(
+        draw, dims, draw(st.sampled_from(["rows", "columns", "interleaved", "down", "apart"]))),
+    "packed": _packed,
+}
+CONVERSIONS = tuple(_KINDS)
+
+
+@st.composite
+def conversions(draw: st.DrawFn, kind: str) -> Conversion:
+    """A conversion of one of the CONVERSIONS, its dims random: also one group, one head, one channel."""
+    dims = {symbol: draw(st.integers(1, most)) for symbol, most in
+            {"g": 6, "n": 4, "d": 4, "h": 4, "f": 3, "e": 3, "t": 4}.items()}
+    return _KINDS[kind](draw, dims)
