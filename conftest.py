@@ -43,7 +43,6 @@ def pytest_generate_tests(metafunc):
     if not {"row", "layout", "check"} <= set(metafunc.fixturenames):
         return
     import toy_models
-
     from harness.checks import CHECKS
     from harness.layouts import choose
     from harness.verify import has_experts
@@ -53,8 +52,13 @@ def pytest_generate_tests(metafunc):
     rows = _words(config.getoption("--row")) or toy_models.rows()
     for row in rows:
         toy_models.config_dict(row)
-    cells = [(row, layout, check) for row in rows for layout in choose(which, experts=has_experts(row)) for check in CHECKS
-             if check != "config" or layout == choose(which, experts=has_experts(row))[0]]
+    cells = [
+        (row, layout, check)
+        for row in rows
+        for layout in choose(which, experts=has_experts(row))
+        for check in CHECKS
+        if check != "config" or layout == choose(which, experts=has_experts(row))[0]
+    ]
     cells.sort(key=lambda c: (c[1].world_size, str(c[1])))  # one layout after the other: process groups are kept
     metafunc.parametrize(("row", "layout", "check"), cells, ids=[f"{r}-{layout}-{c}" for r, layout, c in cells])
 
@@ -63,8 +67,8 @@ def pytest_generate_tests(metafunc):
 def ranks():
     """Pools of forked ranks, shared by all tests of the session."""
     import torch
-    from bridges import cpu_substitutions
 
+    from bridges import cpu_substitutions
     from harness.ranks import Ranks
     from harness.verify import quiet
 

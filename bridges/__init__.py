@@ -7,7 +7,7 @@ with _warnings.catch_warnings():
     # On import Megatron lists the accelerators this machine lacks; that is no news to somebody on a laptop.
     _warnings.simplefilter("ignore")
     _logging.getLogger("torch.utils.cpp_extension").setLevel(_logging.ERROR)
-    from bridges import families as _families  # registers every family
+    from bridges import families as _families  # noqa: F401 - registers every family
 
 from bridges.auto_bridge import AutoBridge
 from bridges.checkpoint import CheckpointError

@@ -32,19 +32,30 @@ from bridges.plan import PlanError
 from bridges.provider import GPTModelProvider
 
 # Beside the weights, an exported model needs these files of its source.
-COPIED_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "generation_config.json",
-                "chat_template*", "added_tokens.json", "preprocessor_config.json", "configuration_*.py", "modeling_*.py")
+COPIED_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "generation_config.json",
+    "chat_template*",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "configuration_*.py",
+    "modeling_*.py",
+)
 
 
 class AutoBridge:
     """Hugging Face <-> Megatron-Core for one model, in any layout.
 
-        bridge = AutoBridge.from_hf_pretrained("org/model")
-        provider = bridge.to_megatron_provider()
-        provider.tensor_model_parallel_size = 2
-        provider.finalize()
-        model = provider.provide_distributed_model(wrap_with_ddp=False)
-        bridge.save_hf_pretrained(model, "exported")
+    bridge = AutoBridge.from_hf_pretrained("org/model")
+    provider = bridge.to_megatron_provider()
+    provider.tensor_model_parallel_size = 2
+    provider.finalize()
+    model = provider.provide_distributed_model(wrap_with_ddp=False)
+    bridge.save_hf_pretrained(model, "exported")
     """
 
     def __init__(self, hf_pretrained: PreTrainedCausalLM, bridge: type[MegatronModelBridge] | None = None):
@@ -57,8 +68,13 @@ class AutoBridge:
     # -- making one --------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_hf_pretrained(cls, path: str | os.PathLike, trust_remote_code: bool | None = None, *,
-                           bridge: type[MegatronModelBridge] | None = None) -> AutoBridge:
+    def from_hf_pretrained(
+        cls,
+        path: str | os.PathLike,
+        trust_remote_code: bool | None = None,
+        *,
+        bridge: type[MegatronModelBridge] | None = None,
+    ) -> AutoBridge:
         """From a checkpoint folder or hub id. `bridge` tries out a bridge class that is not registered.
 
         Raises ConfigError (architecture, config field, remote code) or CheckpointError.
@@ -74,7 +90,9 @@ class AutoBridge:
     def can_handle(cls, path: str | os.PathLike, trust_remote_code: bool | None = None) -> bool:
         """Is there a bridge for the model at `path`, and permission to read its config?"""
         try:
-            MegatronModelBridge.find(getattr(PreTrainedCausalLM.open(path, trust_remote_code).config, "architectures", None))
+            MegatronModelBridge.find(
+                getattr(PreTrainedCausalLM.open(path, trust_remote_code).config, "architectures", None)
+            )
         except (ConfigError, CheckpointError):
             return False
         return True
@@ -90,6 +108,8 @@ class AutoBridge:
         """A provider for the model, still to be finalized. Where there is a checkpoint, the models it provides come with
         its weights, unless `load_weights` is False."""
         provider = self._model_bridge.provider_bridge(self.hf_pretrained)
+        if not provider.vocab_size:  # a bridge that makes its own provider may leave it to the config
+            provider.vocab_size = self.hf_pretrained.config.vocab_size
         if load_weights and self.hf_pretrained.path is not None:
             provider.perform_initialization = False  # every tensor is about to be written
             provider.weight_loader = self.load_hf_weights
@@ -127,8 +147,9 @@ class AutoBridge:
         shapes = {name: info.shape for name, info in source.tensors.items()}
         return build_tasks(chunks, self.mapping_registry(), shapes, _config(chunks))
 
-    def load_hf_weights(self, model, hf_path: str | os.PathLike | None = None, *, lossy: bool = False,
-                        progress: Progress | None = None) -> None:
+    def load_hf_weights(
+        self, model, hf_path: str | os.PathLike | None = None, *, lossy: bool = False, progress: Progress | None = None
+    ) -> None:
         """Fill this rank's parameters and buffers from the checkpoint. No collective but one: ranks agree on which
         tensors were read, so that one nobody reads is an error.
 
@@ -147,11 +168,14 @@ class AutoBridge:
             used = set().union(*everyone)
         if left := unused_tensors(self.mapping_registry(), source.tensors, used, self._model_bridge.IGNORED_TENSORS):
             more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-            raise PlanError(f"{source.path}: tensor {left[0]} is not used by any Megatron parameter{more}; map it in "
-                            f"{type(self._model_bridge).__name__} or name it in IGNORED_TENSORS with a reason")
+            raise PlanError(
+                f"{source.path}: tensor {left[0]} is not used by any Megatron parameter{more}; map it in "
+                f"{type(self._model_bridge).__name__} or name it in IGNORED_TENSORS with a reason"
+            )
 
-    def export_hf_weights(self, model, cpu: bool = True, hf_path: str | os.PathLike | None = None
-                          ) -> Iterator[tuple[str, torch.Tensor]]:
+    def export_hf_weights(
+        self, model, cpu: bool = True, hf_path: str | os.PathLike | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole tensor) in the checkpoint's names, dtypes and order; all ranks must consume it together."""
         source = self._source(hf_path)
         tasks = self._tasks(model, source)
@@ -159,8 +183,14 @@ class AutoBridge:
         shapes = {name: info.shape for name, info in source.tensors.items()}
         yield from live_export(tasks, coords, source.tensors, shapes, lambda n: source.tensors[n].dtype, cpu=cpu)
 
-    def save_hf_pretrained(self, model, path: str | os.PathLike, hf_path: str | os.PathLike | None = None, *,
-                           progress: Progress | None = None) -> None:
+    def save_hf_pretrained(
+        self,
+        model,
+        path: str | os.PathLike,
+        hf_path: str | os.PathLike | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> None:
         """Write the model as a Hugging Face folder with the source's tensors, dtypes and files, and its config.json.
 
         Every rank writes its own blocks in place; nothing carries its final name until all of it is written. Raises
@@ -169,9 +199,15 @@ class AutoBridge:
         source = self._source(hf_path)
         tasks = self._tasks(model, source)
         _, coords = current_layout(_config(model))
-        writer = CheckpointWriter(path, {
-            file: {n: (source.tensors[n].dtype, source.tensors[n].shape) for n in names}
-            for file, names in source.files.items()}, metadata=next(iter(source.metadata.values())), index=source.has_index)
+        writer = CheckpointWriter(
+            path,
+            {
+                file: {n: (source.tensors[n].dtype, source.tensors[n].shape) for n in names}
+                for file, names in source.files.items()
+            },
+            metadata=next(iter(source.metadata.values())),
+            index=source.has_index,
+        )
         first = not dist.is_initialized() or dist.get_rank() == 0
         _together(writer.create if first else None)
         try:
@@ -190,7 +226,7 @@ class AutoBridge:
         return files
 
 
-def _config(model) -> GPTModelProvider:
+def _config(model) -> Any:
     return unwrap(model[0] if isinstance(model, list | tuple) else model).config
 
 
@@ -206,4 +242,3 @@ def _together(action) -> None:
         dist.broadcast_object_list(error, src=0)
     if error[0] is not None:
         raise error[0]
-

@@ -34,8 +34,11 @@ def attention(*, layer: str = HF_LAYER, norm: str = "input_layernorm", qkv: str 
         if qkv:
             mappings.append(ConcatenatedQKVMapping(f"{m}.linear_qkv.{kind}", f"{a}.{qkv}.{kind}"))
         else:
-            mappings.append(QKVMapping(f"{m}.linear_qkv.{kind}", q=f"{a}.q_proj.{kind}", k=f"{a}.k_proj.{kind}",
-                                       v=f"{a}.v_proj.{kind}"))
+            mappings.append(
+                QKVMapping(
+                    f"{m}.linear_qkv.{kind}", q=f"{a}.q_proj.{kind}", k=f"{a}.k_proj.{kind}", v=f"{a}.v_proj.{kind}"
+                )
+            )
     return [
         *mappings,
         AutoMapping(f"{m}.q_layernorm.weight", f"{a}.q_norm.weight"),
@@ -44,12 +47,18 @@ def attention(*, layer: str = HF_LAYER, norm: str = "input_layernorm", qkv: str 
     ]
 
 
-def gated_mlp(*, layer: str = HF_LAYER, norm: str = "post_attention_layernorm", gate_up: str | None = None
-              ) -> list[Mapping]:
+def gated_mlp(
+    *, layer: str = HF_LAYER, norm: str = "post_attention_layernorm", gate_up: str | None = None
+) -> list[Mapping]:
     """A dense feed-forward block with its norm."""
     m = f"{MEGATRON_LAYER}.mlp"
-    fc1 = (ConcatenatedGatedMLPMapping(f"{m}.linear_fc1.weight", f"{layer}.mlp.{gate_up}.weight") if gate_up else
-           GatedMLPMapping(f"{m}.linear_fc1.weight", gate=f"{layer}.mlp.gate_proj.weight", up=f"{layer}.mlp.up_proj.weight"))
+    fc1 = (
+        ConcatenatedGatedMLPMapping(f"{m}.linear_fc1.weight", f"{layer}.mlp.{gate_up}.weight")
+        if gate_up
+        else GatedMLPMapping(
+            f"{m}.linear_fc1.weight", gate=f"{layer}.mlp.gate_proj.weight", up=f"{layer}.mlp.up_proj.weight"
+        )
+    )
     return [
         AutoMapping(f"{m}.linear_fc1.layer_norm_weight", f"{layer}.{norm}.weight"),
         fc1,
@@ -57,23 +66,33 @@ def gated_mlp(*, layer: str = HF_LAYER, norm: str = "post_attention_layernorm", 
     ]
 
 
-def moe(*, layer: str = HF_LAYER, norm: str = "post_attention_layernorm", block: str = "mlp",
-        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"), router: str = "gate",
-        shared: str | None = None, shared_gate: str | None = None) -> list[Mapping]:
+def moe(
+    *,
+    layer: str = HF_LAYER,
+    norm: str = "post_attention_layernorm",
+    block: str = "mlp",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    router: str = "gate",
+    shared: str | None = None,
+    shared_gate: str | None = None,
+) -> list[Mapping]:
     """Routed experts, one tensor each on disk, with router and norm; shared experts where the family has them."""
     m, b = f"{MEGATRON_LAYER}.mlp", f"{layer}.{block}"
     gate, up, down = names
     mappings: list[Mapping] = [
         AutoMapping(f"{MEGATRON_LAYER}.pre_mlp_layernorm.weight", f"{layer}.{norm}.weight"),
         AutoMapping(f"{m}.router.weight", f"{b}.{router}.weight"),
-        GatedMLPMapping(f"{m}.experts.linear_fc1.weight*", gate=f"{b}.experts.*.{gate}.weight",
-                        up=f"{b}.experts.*.{up}.weight"),
+        GatedMLPMapping(
+            f"{m}.experts.linear_fc1.weight*", gate=f"{b}.experts.*.{gate}.weight", up=f"{b}.experts.*.{up}.weight"
+        ),
         AutoMapping(f"{m}.experts.linear_fc2.weight*", f"{b}.experts.*.{down}.weight"),
     ]
     if shared:
         s = f"{m}.shared_experts"
         mappings += [
-            GatedMLPMapping(f"{s}.linear_fc1.weight", gate=f"{b}.{shared}.gate_proj.weight", up=f"{b}.{shared}.up_proj.weight"),
+            GatedMLPMapping(
+                f"{s}.linear_fc1.weight", gate=f"{b}.{shared}.gate_proj.weight", up=f"{b}.{shared}.up_proj.weight"
+            ),
             AutoMapping(f"{s}.linear_fc2.weight", f"{b}.{shared}.down_proj.weight"),
         ]
     if shared_gate:

@@ -32,10 +32,13 @@ def _get(config: HF, name: str, default: Any = None) -> Any:
 
 # -- rope ----------------------------------------------------------------------------------------------------------
 
+
 def _rope_to_megatron(config: HF) -> Fields:
     parameters = dict(_get(config, "rope_parameters", {}))
     if parameters and all(isinstance(v, dict) for v in parameters.values()):
-        raise ValueError(f"rope_parameters has one entry per layer type ({', '.join(parameters)}): not built for this family")
+        raise ValueError(
+            f"rope_parameters has one entry per layer type ({', '.join(parameters)}): not built for this family"
+        )
     base = parameters.pop("rope_theta", None) or _get(config, "rope_theta") or _get(config, "default_theta", 10000.0)
     percent = parameters.pop("partial_rotary_factor", None) or _get(config, "partial_rotary_factor", 1.0)
     scaling = None if parameters.get("rope_type", "default") == "default" else parameters
@@ -52,6 +55,7 @@ ROPE = Rule(("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_fa
 
 # -- dtype, head dim -----------------------------------------------------------------------------------------------
 
+
 def dtype_from_hf(config: HF, default: torch.dtype = torch.float32) -> torch.dtype:
     """The dtype that a config names (`dtype`, once `torch_dtype`); ValueError for one that torch does not have."""
     value = _get(config, "dtype", _get(config, "torch_dtype", default))
@@ -66,15 +70,18 @@ def dtype_from_hf(config: HF, default: torch.dtype = torch.float32) -> torch.dty
 DTYPE = Rule(
     ("dtype", "torch_dtype"),
     lambda c: {"params_dtype": (d := dtype_from_hf(c)), "bf16": d == torch.bfloat16, "fp16": d == torch.float16},
-    lambda p: {"torch_dtype": str(p.params_dtype).removeprefix("torch.")})
+    lambda p: {"torch_dtype": str(p.params_dtype).removeprefix("torch.")},
+)
 
 HEAD_DIM = Rule(  # absent or null means an even share of the hidden size
     ("head_dim",),
     lambda c: {"kv_channels": _get(c, "head_dim", c.hidden_size // c.num_attention_heads)},
-    lambda p: {} if p.kv_channels * p.num_attention_heads == p.hidden_size else {"head_dim": p.kv_channels})
+    lambda p: {} if p.kv_channels * p.num_attention_heads == p.hidden_size else {"head_dim": p.kv_channels},
+)
 
 
 # -- attention -----------------------------------------------------------------------------------------------------
+
 
 def _window_to_megatron(config: HF) -> Fields:
     """HF counts the token itself in `sliding_window`; Megatron's window (w, 0) is w tokens before it."""
@@ -96,13 +103,13 @@ def _window_to_hf(provider) -> Fields:
     return {"sliding_window": provider.window_size[0] + 1, "use_sliding_window": True, "layer_types": types}
 
 
-WINDOW = Rule(("sliding_window", "use_sliding_window", "layer_types"),
-              _window_to_megatron, _window_to_hf)
+WINDOW = Rule(("sliding_window", "use_sliding_window", "layer_types"), _window_to_megatron, _window_to_hf)
 
 NO_ROPE_LAYERS = Rule(  # HF: 1 where the layer has rope; Megatron: 1 where it has none
     ("no_rope_layers", "no_rope_layer_interval"),
     lambda c: {"no_rope_freq": [1 - r for r in c.no_rope_layers]},
-    lambda p: {"no_rope_layers": [1 - r for r in p.no_rope_freq]})
+    lambda p: {"no_rope_layers": [1 - r for r in p.no_rope_freq]},
+)
 
 
 # -- experts -------------------------------------------------------------------------------------------------------
@@ -110,7 +117,8 @@ NO_ROPE_LAYERS = Rule(  # HF: 1 where the layer has rope; Megatron: 1 where it h
 NORM_TOPK = Rule(  # renormalising the chosen probabilities is softmax over the chosen logits
     ("norm_topk_prob",),
     lambda c: {"moe_router_pre_softmax": not c.norm_topk_prob},
-    lambda p: {"norm_topk_prob": not p.moe_router_pre_softmax})
+    lambda p: {"norm_topk_prob": not p.moe_router_pre_softmax},
+)
 
 
 def _moe_layers_to_megatron(config: HF) -> Fields:
@@ -120,5 +128,7 @@ def _moe_layers_to_megatron(config: HF) -> Fields:
 
 
 MOE_LAYERS = Rule(
-    ("mlp_only_layers", "decoder_sparse_step"), _moe_layers_to_megatron,
-    lambda p: {"mlp_only_layers": [i for i, moe in enumerate(p.moe_layer_freq) if not moe], "decoder_sparse_step": 1})
+    ("mlp_only_layers", "decoder_sparse_step"),
+    _moe_layers_to_megatron,
+    lambda p: {"mlp_only_layers": [i for i, moe in enumerate(p.moe_layer_freq) if not moe], "decoder_sparse_step": 1},
+)

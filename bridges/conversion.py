@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,23 +48,34 @@ def current_layout(provider) -> tuple[Layout, Coords]:
     """The layout and coordinates of this process, read from Megatron's groups."""
     p = parallel_state
     layout = Layout(
-        tp=p.get_tensor_model_parallel_world_size(), pp=p.get_pipeline_model_parallel_world_size(),
-        vpp=provider.virtual_pipeline_model_parallel_size or 1, ep=p.get_expert_model_parallel_world_size(),
-        etp=p.get_expert_tensor_parallel_world_size(), cp=p.get_context_parallel_world_size(),
-        sp=provider.sequence_parallel, dp=p.get_data_parallel_world_size(), split=provider.num_layers_per_chunk)
+        tp=p.get_tensor_model_parallel_world_size(),
+        pp=p.get_pipeline_model_parallel_world_size(),
+        vpp=provider.virtual_pipeline_model_parallel_size or 1,
+        ep=p.get_expert_model_parallel_world_size(),
+        etp=p.get_expert_tensor_parallel_world_size() or 1,
+        cp=p.get_context_parallel_world_size(),
+        sp=provider.sequence_parallel,
+        dp=p.get_data_parallel_world_size(),
+        split=provider.num_layers_per_chunk,
+    )
     coords = Coords(
-        tp=p.get_tensor_model_parallel_rank(), cp=p.get_context_parallel_rank(), dp=p.get_data_parallel_rank(),
-        pp=p.get_pipeline_model_parallel_rank(), etp=p.get_expert_tensor_parallel_rank(),
-        ep=p.get_expert_model_parallel_rank(), edp=p.get_expert_data_parallel_rank())
+        tp=p.get_tensor_model_parallel_rank(),
+        cp=p.get_context_parallel_rank(),
+        dp=p.get_data_parallel_rank(),
+        pp=p.get_pipeline_model_parallel_rank(),
+        etp=p.get_expert_tensor_parallel_rank() or 0,
+        ep=p.get_expert_model_parallel_rank(),
+        edp=p.get_expert_data_parallel_rank(),
+    )
     return layout, coords
 
 
 _EXPERT = re.compile(r"(.*\.experts\..*?(?:weight|bias))(\d+)$")
 
 
-def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+def unwrap(chunk: Any) -> Any:
     while hasattr(chunk, "module"):
-        chunk = chunk.module  # type: ignore[assignment]
+        chunk = chunk.module
     return chunk
 
 
@@ -80,7 +92,7 @@ def global_tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, tor
             if not torch.is_tensor(tensor) or name.endswith("_extra_state"):
                 continue
             if match := re.match(r"decoder\.layers\.(\d+)\.", name):
-                name = f"decoder.layers.{layers[int(match[1])]}.{name[match.end():]}"
+                name = f"decoder.layers.{layers[int(match[1])]}.{name[match.end() :]}"
             if match := _EXPERT.match(name):
                 module = chunk.get_submodule(_local_module(name, layers))
                 offset = parallel_state.get_expert_model_parallel_rank() * module.num_gemms
@@ -93,11 +105,13 @@ def _local_module(global_name: str, layers: dict[int, int]) -> str:
     module = global_name.rpartition(".")[0]
     if match := re.match(r"decoder\.layers\.(\d+)\.", module):
         local = next(i for i, g in layers.items() if g == int(match[1]))
-        module = f"decoder.layers.{local}.{module[match.end():]}"
+        module = f"decoder.layers.{local}.{module[match.end() :]}"
     return module
 
 
-def build_tasks(chunks, registry: MegatronMappingRegistry, hf_shapes: dict[str, Shape], provider) -> list[ConversionTask]:
+def build_tasks(
+    chunks, registry: MegatronMappingRegistry, hf_shapes: dict[str, Shape], provider
+) -> list[ConversionTask]:
     """The tasks of this rank in model order. Raises MappingError or PlanError for the first tensor that does not fit."""
     layout, coords = current_layout(provider)
     tied = provider.share_embeddings_and_output_weights
@@ -106,8 +120,15 @@ def build_tasks(chunks, registry: MegatronMappingRegistry, hf_shapes: dict[str, 
     for name, tensor in global_tensors(chunks):
         alias = EMBEDDING if tied and name == OUTPUT else None
         mapping, parts = registry.megatron_to_hf_lookup(alias or name)
-        plan = copies(name, mapping, parts, hf_shapes, symbol_sizes(mapping, provider), shard_of(mapping, layout, coords),
-                      tuple(tensor.shape))
+        plan = copies(
+            name,
+            mapping,
+            parts,
+            hf_shapes,
+            symbol_sizes(mapping, provider),
+            shard_of(mapping, layout, coords),
+            tuple(tensor.shape),
+        )
         tasks.append(ConversionTask(name, mapping, tensor, plan, alias, head if name == EMBEDDING else None))
     return tasks
 
@@ -135,12 +156,16 @@ def check_dtype(name: str, source: torch.dtype, target: torch.dtype, *, lossy: b
     if source == target:
         return
     if source in _FP8 or (source in _INTEGERS) != (target in _INTEGERS):
-        raise PlanError(f"{name} is {_short(source)} in the checkpoint and {_short(target)} in Megatron: quantised or "
-                        "integer weights are not converted; dequantise the checkpoint first")
+        raise PlanError(
+            f"{name} is {_short(source)} in the checkpoint and {_short(target)} in Megatron: quantised or "
+            "integer weights are not converted; dequantise the checkpoint first"
+        )
     widens = torch.promote_types(source, target) == target
     if not widens and not lossy:
-        raise PlanError(f"{name} is {_short(source)} in the checkpoint and {_short(target)} in Megatron: precision would be "
-                        f"lost; set provider.params_dtype = {source} or allow it with lossy=True")
+        raise PlanError(
+            f"{name} is {_short(source)} in the checkpoint and {_short(target)} in Megatron: precision would be "
+            f"lost; set provider.params_dtype = {source} or allow it with lossy=True"
+        )
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -148,8 +173,9 @@ def _short(dtype: torch.dtype) -> str:
 
 
 @torch.no_grad()
-def import_weights(tasks: Iterable[ConversionTask], source: Checkpoint, *, lossy: bool = False,
-                   progress: Progress | None = None) -> None:
+def import_weights(
+    tasks: Iterable[ConversionTask], source: Checkpoint, *, lossy: bool = False, progress: Progress | None = None
+) -> None:
     """HF files -> this rank's tensors; only the pages a rank keeps are read. Vocabulary padding becomes zero."""
     for task in tasks:
         if task.mapping.padded:
@@ -159,8 +185,10 @@ def import_weights(tasks: Iterable[ConversionTask], source: Checkpoint, *, lossy
             block = box_view(source.view(copy.hf), copy.hf_box)
             box_view(task.tensor, copy.megatron_box).copy_(block)
             if task.mirror and not torch.equal(block, box_view(source.view(task.mirror), copy.hf_box)):
-                raise PlanError(f"{task.mirror} differs from {copy.hf} although tie_word_embeddings is true: remove one of "
-                                "them or set tie_word_embeddings to false")
+                raise PlanError(
+                    f"{task.mirror} differs from {copy.hf} although tie_word_embeddings is true: remove one of "
+                    "them or set tie_word_embeddings to false"
+                )
         if progress:
             progress(task.param_name)
 
@@ -176,8 +204,12 @@ def is_writer(task: ConversionTask, coords: Coords) -> bool:
 
 
 @torch.no_grad()
-def export_weights(tasks: Iterable[ConversionTask], coords: Coords, view: Callable[[str], torch.Tensor],
-                   progress: Progress | None = None) -> None:
+def export_weights(
+    tasks: Iterable[ConversionTask],
+    coords: Coords,
+    view: Callable[[str], torch.Tensor],
+    progress: Progress | None = None,
+) -> None:
     """This rank's tensors -> `view(hf name)`, the blocks it is the writer of."""
     for task in tasks:
         if is_writer(task, coords):
@@ -190,8 +222,15 @@ def export_weights(tasks: Iterable[ConversionTask], coords: Coords, view: Callab
 
 
 @torch.no_grad()
-def live_export(tasks: Sequence[ConversionTask], coords: Coords, names: Iterable[str], shape: dict[str, Shape],
-                dtype: Callable[[str], torch.dtype], *, cpu: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def live_export(
+    tasks: Sequence[ConversionTask],
+    coords: Coords,
+    names: Iterable[str],
+    shape: dict[str, Shape],
+    dtype: Callable[[str], torch.dtype],
+    *,
+    cpu: bool,
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(hf name, whole tensor) one by one on every rank, fed by collectives: for weight synchronisation.
 
     Writers fill their blocks of a zero tensor and the bytes are summed over all ranks, which is exact since every byte
@@ -213,8 +252,9 @@ def live_export(tasks: Sequence[ConversionTask], coords: Coords, names: Iterable
         yield name, whole.cpu() if cpu else whole
 
 
-def unused_tensors(registry: MegatronMappingRegistry, names: Iterable[str], used: set[str], ignored: dict[str, str]
-                   ) -> list[str]:
+def unused_tensors(
+    registry: MegatronMappingRegistry, names: Iterable[str], used: set[str], ignored: dict[str, str]
+) -> list[str]:
     """Checkpoint tensors that no task of the whole model reads and no IGNORED_TENSORS pattern excuses."""
     patterns = [re.compile(re.escape(p).replace(r"\*", r"\d+")) for p in ignored]
     return [n for n in names if n not in used and not any(p.fullmatch(n) for p in patterns)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,20 +66,27 @@ def _norm_parameter(config: TransformerConfig, size: int) -> Parameter:
 class _Sharded:
     """`sharded_state_dict` with Transformer Engine's key names: what Megatron's own resharding goes by."""
 
-    shard_dims: dict[str, int] = {}  # noqa: RUF012
+    shard_dims: dict[str, int] = {}
+    tp_group: Any
+    state_dict: Any
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(
-            {k: v for k, v in state.items() if torch.is_tensor(v)}, prefix, self.shard_dims, sharded_offsets,
-            tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"])
+            {k: v for k, v in state.items() if torch.is_tensor(v)},
+            prefix,
+            self.shard_dims,
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
 
 class ColumnLinear(_Sharded, ColumnParallelLinear):
     """`weight` [out / tp, in], `bias` [out / tp]. Transformer Engine has no output gather."""
 
-    shard_dims = {"weight": 0, "bias": 0}  # noqa: RUF012
+    shard_dims = {"weight": 0, "bias": 0}
 
 
 class LayerNormColumnLinear(ColumnLinear):
@@ -90,7 +98,7 @@ class LayerNormColumnLinear(ColumnLinear):
         self.layer_norm_bias = _norm_parameter(config, input_size) if config.normalization == "LayerNorm" else None
 
     def forward(self, x, *args, **kwargs):
-        config = self.config
+        config: Any = self.config
         x = normalise(x, self.layer_norm_weight, self.layer_norm_bias, config, config.layernorm_epsilon)
         return super().forward(x, *args, **kwargs)
 
@@ -98,7 +106,7 @@ class LayerNormColumnLinear(ColumnLinear):
 class RowLinear(_Sharded, RowParallelLinear):
     """`weight` [out, in / tp], `bias` [out]."""
 
-    shard_dims = {"weight": 1}  # noqa: RUF012
+    shard_dims = {"weight": 1}
 
 
 class DuplicatedLinear(_Sharded, torch.nn.Module):
@@ -106,8 +114,17 @@ class DuplicatedLinear(_Sharded, torch.nn.Module):
 
     tp_group = None
 
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool,
-                 parallel_mode: str | None = "duplicated", skip_bias_add: bool = False, **_):
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        bias: bool,
+        parallel_mode: str | None = "duplicated",
+        skip_bias_add: bool = False,
+        **_,
+    ):
         super().__init__()
         if parallel_mode != "duplicated":
             raise ValueError(f"parallel_mode {parallel_mode!r}: only 'duplicated' is built here")
@@ -115,7 +132,7 @@ class DuplicatedLinear(_Sharded, torch.nn.Module):
         self.weight = Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
         self.bias = Parameter(torch.empty(output_size, dtype=config.params_dtype)) if bias else None
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x):
         bias = None if self.skip_bias_add else self.bias
@@ -128,9 +145,22 @@ class GroupedLinear(torch.nn.Module):
     The token dispatcher does all communication, as with Transformer Engine's GroupedLinear.
     """
 
-    def __init__(self, num_gemms: int, input_size: int, output_size: int, *, parallel_mode: str,
-                 config: TransformerConfig, bias: bool, skip_bias_add: bool, is_expert: bool, pg_collection,
-                 init_method=None, tp_comm_buffer_name=None, name=None):
+    def __init__(
+        self,
+        num_gemms: int,
+        input_size: int,
+        output_size: int,
+        *,
+        parallel_mode: str,
+        config: TransformerConfig,
+        bias: bool,
+        skip_bias_add: bool,
+        is_expert: bool,
+        pg_collection,
+        init_method=None,
+        tp_comm_buffer_name=None,
+        name=None,
+    ):
         super().__init__()
         assert is_expert, "grouped linears are expert layers"
         self.num_gemms, self.use_bias, self.skip_bias_add = num_gemms, bias, skip_bias_add
@@ -140,7 +170,8 @@ class GroupedLinear(torch.nn.Module):
         in_size = input_size if self.column else divide(input_size, etp)
         # Parameters of experts are reduced over the expert data-parallel group when it differs from the dense one.
         expert_groups = config.expert_model_parallel_size > 1 or (
-            config.expert_tensor_parallel_size != config.tensor_model_parallel_size)
+            config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+        )
         for i in range(num_gemms):
             weight = Parameter(torch.empty(out_size, in_size, dtype=config.params_dtype))
             weight.allreduce = not expert_groups  # type: ignore[attr-defined]
@@ -153,8 +184,10 @@ class GroupedLinear(torch.nn.Module):
     def forward(self, x, tokens_per_expert: list[int]):
         biases = [getattr(self, f"bias{i}") for i in range(self.num_gemms)] if self.use_bias else None
         add = biases if biases is not None and not self.skip_bias_add else [None] * self.num_gemms
-        pieces = [F.linear(piece, getattr(self, f"weight{i}"), add[i])
-                  for i, piece in enumerate(torch.split(x, tokens_per_expert))]
+        pieces = [
+            F.linear(piece, getattr(self, f"weight{i}"), add[i])
+            for i, piece in enumerate(torch.split(x, tokens_per_expert))
+        ]
         return torch.cat(pieces), (biases if self.skip_bias_add else None)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
@@ -166,8 +199,13 @@ class GroupedLinear(torch.nn.Module):
             state = {k: getattr(self, f"{k}{i}") for k in ("weight", "bias") if hasattr(self, f"{k}{i}")}
             axes = {"weight": 0, "bias": 0} if self.column else {"weight": 1}
             one = make_sharded_tensors_for_checkpoint(
-                state, prefix, axes, (*sharded_offsets, expert), tp_group=groups.expt_tp,
-                dp_cp_group=metadata["dp_cp_group"])
+                state,
+                prefix,
+                axes,
+                (*sharded_offsets, expert),
+                tp_group=groups.expt_tp,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
             for key, tensor in one.items():
                 tensor.replica_id = (*tensor.replica_id[:2], groups.expt_dp.rank())
                 sharded[f"{key}{i}"] = tensor
@@ -181,13 +219,25 @@ class CoreAttention(torch.nn.Module):
     query [s b n d], key [s b g d], value [s b g e] -> [s b (n e)].
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type, attention_type: str,
-                 attention_dropout=None, softmax_scale: float | None = None, k_channels: int | None = None,
-                 v_channels: int | None = None, num_splits=None, cp_comm_type=None, pg_collection=None):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type,
+        attention_type: str,
+        attention_dropout=None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        num_splits=None,
+        cp_comm_type=None,
+        pg_collection: Any = None,
+    ):
         super().__init__()
         self.config, self.pg_collection = config, pg_collection
-        self.scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
-        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels or 1)
+        skip: Any = config.window_attn_skip_freq
+        windowed = is_layer_window_attention(config.window_size, skip, layer_number)
         self.window = config.window_size if windowed else None
         if config.softmax_type == "learnable":
             heads = divide(config.num_attention_heads, pg_collection.tp.size())
@@ -195,8 +245,17 @@ class CoreAttention(torch.nn.Module):
         elif config.softmax_type != "vanilla":
             raise ValueError(f"softmax_type {config.softmax_type!r}: vanilla or learnable is known")
 
-    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None,
-                packed_seq_params=None, num_splits=None):
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        attn_mask_type=None,
+        attention_bias=None,
+        packed_seq_params=None,
+        num_splits=None,
+    ):
         if packed_seq_params is not None or attention_bias is not None:
             raise ValueError("packed sequences and attention biases are not built on CPU")
         cp = self.pg_collection.cp
@@ -223,8 +282,13 @@ class CoreAttention(torch.nn.Module):
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True), prefix, {"softmax_offset": 0}, sharded_offsets,
-            tp_group=self.pg_collection.tp, dp_cp_group=metadata["dp_cp_group"])
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.pg_collection.tp,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
 
 def zigzag_positions(local: int, rank: int, size: int) -> torch.Tensor:
@@ -272,9 +336,9 @@ class CPUSpecProvider(BackendSpecProvider):
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool):
         if not moe_use_grouped_gemm:
             raise ValueError("moe_grouped_gemm=False: experts are grouped here, as they are with Transformer Engine")
-        return partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(
-            linear_fc1=partial(GroupedLinear, parallel_mode="column"),  # type: ignore[arg-type]
-            linear_fc2=partial(GroupedLinear, parallel_mode="row")))  # type: ignore[arg-type]
+        fc1: Any = partial(GroupedLinear, parallel_mode="column")
+        fc2: Any = partial(GroupedLinear, parallel_mode="row")
+        return partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(linear_fc1=fc1, linear_fc2=fc2))
 
     def activation_func(self):
         return None

@@ -84,10 +84,13 @@ def _megatron_symbols() -> dict[tuple[str, str], Any]:
         (f"{core}.models.gpt.gpt_layer_specs", "TENorm"): Norm,
         (f"{core}.models.gpt.moe_module_specs", "TESpecProvider"): CPUSpecProvider,
         (f"{core}.extensions.transformer_engine_spec_provider", "TESpecProvider"): CPUSpecProvider,
-        (f"{core}.tensor_parallel.random", "_get_cuda_rng_state"):
-            lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
-        (f"{core}.tensor_parallel.random", "_set_cuda_rng_state"):
-            lambda state, device=-1, graph_safe=False: torch.set_rng_state(state),
+        (
+            f"{core}.tensor_parallel.random",
+            "_get_cuda_rng_state",
+        ): lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
+        (f"{core}.tensor_parallel.random", "_set_cuda_rng_state"): lambda state, device=-1, graph_safe=False: (
+            torch.set_rng_state(state)
+        ),
         (f"{core}.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu"): _numpy_split_sizes,
     }
 
@@ -98,7 +101,9 @@ class _CudaMeansCpu(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if kwargs:
             device = kwargs.get("device")
-            if device is not None and (device == "cuda" or (isinstance(device, torch.device) and device.type == "cuda")):
+            if device is not None and (
+                device == "cuda" or (isinstance(device, torch.device) and device.type == "cuda")
+            ):
                 kwargs["device"] = "cpu"
             kwargs.pop("pin_memory", None)
         if func is torch.Tensor.cuda:
@@ -123,7 +128,9 @@ def install() -> None:
     for (module, attribute), replacement in _megatron_symbols().items():
         home = importlib.import_module(module)
         if not hasattr(home, attribute):
-            raise RuntimeError(f"{module}.{attribute} is gone from this megatron-core: the CPU backend needs its new name")
+            raise RuntimeError(
+                f"{module}.{attribute} is gone from this megatron-core: the CPU backend needs its new name"
+            )
         setattr(home, attribute, replacement)
     _installed = _CudaMeansCpu()
     _installed.__enter__()

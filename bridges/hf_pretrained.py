@@ -5,6 +5,7 @@ No model class is imported, and code that a checkpoint ships runs only with perm
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from functools import cached_property
@@ -18,8 +19,17 @@ from bridges.checkpoint import Checkpoint, CheckpointError
 from bridges.model_bridge import ConfigError
 
 # Organisations whose hub repositories may run their own code without being asked for each.
-SAFE_REPOS: list[str] = ["deepseek-ai", "google", "llava-hf", "meta-llama", "mistralai", "moonshotai", "nvidia", "openai",
-                         "Qwen"]
+SAFE_REPOS: list[str] = [
+    "deepseek-ai",
+    "google",
+    "llava-hf",
+    "meta-llama",
+    "mistralai",
+    "moonshotai",
+    "nvidia",
+    "openai",
+    "Qwen",
+]
 
 
 def is_safe_repo(hf_path: str | os.PathLike, trust_remote_code: bool | None = None) -> bool:
@@ -30,7 +40,7 @@ def is_safe_repo(hf_path: str | os.PathLike, trust_remote_code: bool | None = No
     if trust_remote_code is not None:
         return trust_remote_code
     parts = str(hf_path).split("/")
-    return not Path(hf_path).exists() and len(parts) == 2 and parts[0] in SAFE_REPOS
+    return not Path(hf_path).exists() and len(parts) == 2 and parts[0] in SAFE_REPOS and parts[1] != ""
 
 
 class PreTrainedCausalLM:
@@ -73,16 +83,18 @@ class PreTrainedCausalLM:
 def load_config(raw: dict[str, Any], path: Path, trusted: bool) -> PreTrainedConfig:
     """The config object of a config.json. A model type that transformers does not have becomes a plain config, unless the
     checkpoint ships code for it: that runs only when `trusted`."""
-    model_type = raw.get("model_type")
+    model_type = raw.get("model_type") or ""
     try:
         if model_type in HF_CONFIG_CLASSES:
-            return HF_CONFIG_CLASSES[model_type].from_dict(dict(raw))
+            return HF_CONFIG_CLASSES[model_type].from_dict(copy.deepcopy(raw))  # it writes into nested dicts
         if raw.get("auto_map"):
             if not trusted:
-                raise ConfigError(f"{path} ships its own code (auto_map) for model type {model_type!r} and may not run it "
-                                  "(trust_remote_code=False): pass trust_remote_code=True if you trust it")
+                raise ConfigError(
+                    f"{path} ships its own code (auto_map) for model type {model_type!r} and may not run it "
+                    "(trust_remote_code=False): pass trust_remote_code=True if you trust it"
+                )
             return AutoConfig.from_pretrained(path, trust_remote_code=True)
-        return PreTrainedConfig.from_dict(dict(raw))
+        return PreTrainedConfig.from_dict(copy.deepcopy(raw))
     except ConfigError:
         raise
     except Exception as error:  # transformers' strict configs raise their own kinds
@@ -95,5 +107,6 @@ def _hub_folder(repo: str) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]))
     except Exception as error:
-        raise CheckpointError(f"{repo} is neither a folder nor a model that the hub (or its cache) gives: "
-                              f"{str(error).splitlines()[0]}") from None
+        raise CheckpointError(
+            f"{repo} is neither a folder nor a model that the hub (or its cache) gives: {str(error).splitlines()[0]}"
+        ) from None

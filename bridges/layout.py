@@ -61,17 +61,24 @@ class Layout:
         if self.sp and self.tp == 1:
             raise LayoutError("sp needs tp > 1: sequence parallelism shards over the tensor-parallel group")
         if self.split is not None and len(self.split) != self.pp * self.vpp:
-            raise LayoutError(f"split {self.split} has {len(self.split)} chunks; pp{self.pp} x vpp{self.vpp} needs "
-                              f"{self.pp * self.vpp}")
+            raise LayoutError(
+                f"split {self.split} has {len(self.split)} chunks; pp{self.pp} x vpp{self.vpp} needs "
+                f"{self.pp * self.vpp}"
+            )
         inner = self.tp * self.cp * self.dp
         if inner % (self.expert_tp * self.ep):
             if self.dp == 1:  # the smallest data-parallel size that makes room for the experts
-                dp = next(d for d in range(1, self.expert_tp * self.ep + 1)
-                          if (self.tp * self.cp * d) % (self.expert_tp * self.ep) == 0)
+                dp = next(
+                    d
+                    for d in range(1, self.expert_tp * self.ep + 1)
+                    if (self.tp * self.cp * d) % (self.expert_tp * self.ep) == 0
+                )
                 object.__setattr__(self, "dp", dp)
             else:
-                raise LayoutError(f"tp{self.tp} x cp{self.cp} x dp{self.dp} = {inner} ranks a stage cannot be divided by "
-                                  f"etp{self.expert_tp} x ep{self.ep} = {self.expert_tp * self.ep}")
+                raise LayoutError(
+                    f"tp{self.tp} x cp{self.cp} x dp{self.dp} = {inner} ranks a stage cannot be divided by "
+                    f"etp{self.expert_tp} x ep{self.ep} = {self.expert_tp * self.ep}"
+                )
 
     @property
     def expert_tp(self) -> int:
@@ -113,8 +120,10 @@ class Layout:
             elif (match := re.fullmatch(r"([a-z]+)(\d+)", word)) and match[1] in AXES:
                 key, value = match[1], int(match[2])
             else:
-                raise LayoutError(f"layout {text!r}: cannot read {word!r}; write e.g. tp2-pp2-vpp2-ep2-etp1-cp2-sp "
-                                  f"(axes {', '.join(AXES)}, sp, split3.5)")
+                raise LayoutError(
+                    f"layout {text!r}: cannot read {word!r}; write e.g. tp2-pp2-vpp2-ep2-etp1-cp2-sp "
+                    f"(axes {', '.join(AXES)}, sp, split3.5)"
+                )
             if key in kwargs:
                 raise LayoutError(f"layout {text!r}: {key} is given twice")
             kwargs[key] = value
@@ -127,21 +136,31 @@ class Layout:
             raise LayoutError(f"rank {rank} is not in layout {self} of {self.world_size} ranks")
         inner, pp = rank % (self.world_size // self.pp), rank // (self.world_size // self.pp)
         etp = self.expert_tp
-        return Coords(tp=inner % self.tp, cp=inner // self.tp % self.cp, dp=inner // (self.tp * self.cp), pp=pp,
-                      etp=inner % etp, ep=inner // etp % self.ep, edp=inner // (etp * self.ep))
+        return Coords(
+            tp=inner % self.tp,
+            cp=inner // self.tp % self.cp,
+            dp=inner // (self.tp * self.cp),
+            pp=pp,
+            etp=inner % etp,
+            ep=inner // etp % self.ep,
+            edp=inner // (etp * self.ep),
+        )
 
     def chunk_layers(self, num_layers: int) -> list[range]:
         """Decoder layers of each model chunk in layer order; chunk c is virtual stage c // pp of pipeline rank c % pp."""
         split = self.split
         if split is None:
             if num_layers < self.num_chunks:
-                raise LayoutError(f"{num_layers} layers cannot fill pp{self.pp} x vpp{self.vpp} = {self.num_chunks} "
-                                  "model chunks")
+                raise LayoutError(
+                    f"{num_layers} layers cannot fill pp{self.pp} x vpp{self.vpp} = {self.num_chunks} model chunks"
+                )
             # Uneven counts give the earlier chunks one layer more.
             base, more = divmod(num_layers, self.num_chunks)
             split = tuple(base + (c < more) for c in range(self.num_chunks))
         if sum(split) != num_layers:
-            raise LayoutError(f"split {'.'.join(map(str, split))} holds {sum(split)} layers; the model has {num_layers}")
+            raise LayoutError(
+                f"split {'.'.join(map(str, split))} holds {sum(split)} layers; the model has {num_layers}"
+            )
         starts = [sum(split[:c]) for c in range(len(split))]
         return [range(s, s + n) for s, n in zip(starts, split, strict=True)]
 
@@ -152,8 +171,17 @@ class Layout:
         local = num_experts // self.ep
         return range(ep_rank * local, (ep_rank + 1) * local)
 
-    def check(self, *, num_layers: int, num_heads: int, num_query_groups: int, ffn: int, num_experts: int | None = None,
-              moe_ffn: int | None = None, shared_ffn: int | None = None) -> None:
+    def check(
+        self,
+        *,
+        num_layers: int,
+        num_heads: int,
+        num_query_groups: int,
+        ffn: int,
+        num_experts: int | None = None,
+        moe_ffn: int | None = None,
+        shared_ffn: int | None = None,
+    ) -> None:
         """Raise LayoutError naming the first number that does not divide (or that the layout cannot fill)."""
         self.chunk_layers(num_layers)
         tp, etp = self.tp, self.expert_tp

@@ -55,7 +55,9 @@ class Mapping:
     parts: tuple[Part, ...]
     sharding: str = COLUMN
     padded: bool = False  # vocabulary rows: Megatron may hold more rows than Hugging Face has
-    sizes: dict[str, int | str] = field(default_factory=dict)  # symbol -> number, or the provider attribute that holds it
+    sizes: dict[str, int | str] = field(
+        default_factory=dict
+    )  # symbol -> number, or the provider attribute that holds it
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -67,7 +69,8 @@ class Mapping:
                 raise MappingError(
                     f"{self.megatron_param} has {stars} wildcards, {part.hf} has {part.hf.count('*')}"
                     + (f" and an index in `{part.view}`" if free else "")
-                    + ": write the same number of * in both, so that each stands for one thing")
+                    + ": write the same number of * in both, so that each stands for one thing"
+                )
 
     @property
     def is_expert(self) -> bool:
@@ -111,7 +114,11 @@ class ColumnParallelMapping(Mapping):
     """Rows cut evenly over tensor parallel."""
 
     def __init__(self, megatron_param: str, hf_param: str):
-        view = "o -> o ; ;" if megatron_param.rstrip("0123456789*").endswith((".bias", "softmax_offset")) else "o i -> o ; ; i"
+        view = (
+            "o -> o ; ;"
+            if megatron_param.rstrip("0123456789*").endswith((".bias", "softmax_offset"))
+            else "o i -> o ; ; i"
+        )
         vocab = megatron_param.endswith(("word_embeddings.weight", "output_layer.weight"))
         super().__init__(megatron_param, (Part(hf_param, view),), padded=vocab)
 
@@ -127,12 +134,13 @@ class AutoMapping(Mapping):
     """One tensor, sharded as Megatron-Core shards the module that its name ends in."""
 
     def __init__(self, megatron_param: str, hf_param: str):
-        for pattern, sharding in _MEGATRON_SHARDING:
-            if re.search(pattern, megatron_param.replace("*", "0")):
-                break
-        else:
-            raise MappingError(f"{megatron_param}: AutoMapping does not know how Megatron shards this module; use "
-                               "ColumnParallelMapping, RowParallelMapping or ReplicatedMapping")
+        name = megatron_param.replace("*", "0")
+        sharding = next((s for pattern, s in _MEGATRON_SHARDING if re.search(pattern, name)), None)
+        if sharding is None:
+            raise MappingError(
+                f"{megatron_param}: AutoMapping does not know how Megatron shards this module; use "
+                "ColumnParallelMapping, RowParallelMapping or ReplicatedMapping"
+            )
         kind = {COLUMN: ColumnParallelMapping, ROW: RowParallelMapping, REPLICATED: ReplicatedMapping}[sharding]
         self.__dict__.update(kind(megatron_param, hf_param).__dict__)
         self.__post_init__()
@@ -147,10 +155,15 @@ class QKVMapping(Mapping):
 
     def __init__(self, megatron_param: str, q: str, k: str, v: str):
         h = "" if _bias(megatron_param) else " h"
-        super().__init__(megatron_param, (
-            Part(q, f"(g n d){h} -> g ; n d ;{h}"),
-            Part(k, f"(g d){h} -> g ; d ;{h}"),
-            Part(v, f"(g d){h} -> g ; d ;{h}")), sizes=dict(_ATTENTION_SIZES))
+        super().__init__(
+            megatron_param,
+            (
+                Part(q, f"(g n d){h} -> g ; n d ;{h}"),
+                Part(k, f"(g d){h} -> g ; d ;{h}"),
+                Part(v, f"(g d){h} -> g ; d ;{h}"),
+            ),
+            sizes=dict(_ATTENTION_SIZES),
+        )
 
 
 class ConcatenatedQKVMapping(Mapping):
@@ -158,10 +171,14 @@ class ConcatenatedQKVMapping(Mapping):
 
     def __init__(self, megatron_param: str, hf_param: str):
         h = "" if _bias(megatron_param) else " h"
-        super().__init__(megatron_param, tuple(
-            Part(hf_param, f"([{q}g n d | {k}g d | {v}g d]){h} -> g ; {f} ;{h}")
-            for q, k, v, f in (("*", "", "", "n d"), ("", "*", "", "d"), ("", "", "*", "d"))),
-            sizes=dict(_ATTENTION_SIZES))
+        super().__init__(
+            megatron_param,
+            tuple(
+                Part(hf_param, f"([{q}g n d | {k}g d | {v}g d]){h} -> g ; {f} ;{h}")
+                for q, k, v, f in (("*", "", "", "n d"), ("", "*", "", "d"), ("", "", "*", "d"))
+            ),
+            sizes=dict(_ATTENTION_SIZES),
+        )
 
 
 _ATTENTION_SIZES = {"g": "num_query_groups", "n": "heads_per_group", "d": "kv_channels"}
@@ -178,8 +195,10 @@ class ConcatenatedGatedMLPMapping(Mapping):
     """One HF tensor that holds [gate | up] rows (Phi-3)."""
 
     def __init__(self, megatron_param: str, hf_param: str):
-        super().__init__(megatron_param, (Part(hf_param, "([*t f | t f]) h -> t ; f ; h"),
-                                          Part(hf_param, "([t f | *t f]) h -> t ; f ; h")))
+        super().__init__(
+            megatron_param,
+            (Part(hf_param, "([*t f | t f]) h -> t ; f ; h"), Part(hf_param, "([t f | *t f]) h -> t ; f ; h")),
+        )
 
 
 class MegatronMappingRegistry:
@@ -218,5 +237,8 @@ class MegatronMappingRegistry:
                 return mapping, mapping.resolve(match.groups())
         known = [m.megatron_param for m in self.mappings]
         near = difflib.get_close_matches(re.sub(r"\d+", "*", name), known, n=1, cutoff=0)
-        raise MappingError(f"no mapping for Megatron parameter {name}" + (f"; the nearest is {near[0]}" if near else "")
-                           + ". Add it to the bridge's mapping_registry()")
+        raise MappingError(
+            f"no mapping for Megatron parameter {name}"
+            + (f"; the nearest is {near[0]}" if near else "")
+            + ". Add it to the bridge's mapping_registry()"
+        )

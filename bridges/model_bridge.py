@@ -64,8 +64,14 @@ class MegatronModelBridge:
         ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
     ]
     ACTIVATION_MAPPING: ClassVar[dict[str, Callable]] = {
-        "silu": F.silu, "swish": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": fast_gelu, "quick_gelu": quick_gelu,
-        "relu": F.relu, "relu2": squared_relu, "tanh": torch.tanh,
+        "silu": F.silu,
+        "swish": F.silu,
+        "gelu": F.gelu,
+        "gelu_pytorch_tanh": fast_gelu,
+        "quick_gelu": quick_gelu,
+        "relu": F.relu,
+        "relu2": squared_relu,
+        "tanh": torch.tanh,
     }
     CONFIG_RULES: ClassVar[tuple[Rule, ...]] = ()
     MEGATRON_DEFAULTS: ClassVar[dict[str, Any]] = {}
@@ -73,14 +79,39 @@ class MegatronModelBridge:
     # Fields that change the computation and of which only this value is built.
     HF_FIXED: ClassVar[dict[str, Any]] = {}
     # Fields that do not change what the forward computes.
-    HF_INERT: ClassVar[frozenset[str]] = frozenset({
-        "architectures", "model_type", "transformers_version", "auto_map", "_name_or_path", "use_cache", "bos_token_id",
-        "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "output_router_logits",
-        "router_aux_loss_coef", "router_jitter_noise", "output_attentions", "output_hidden_states", "return_dict",
-        "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "pretraining_tp",
-        "default_theta", "_attn_implementation_autoset", "is_decoder", "add_cross_attention", "num_labels",
-        "max_window_layers",  # transformers turns it into layer_types, which counts
-    })
+    HF_INERT: ClassVar[frozenset[str]] = frozenset(
+        {
+            "architectures",
+            "model_type",
+            "transformers_version",
+            "auto_map",
+            "_name_or_path",
+            "use_cache",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "sep_token_id",
+            "decoder_start_token_id",
+            "output_router_logits",
+            "router_aux_loss_coef",
+            "router_jitter_noise",
+            "output_attentions",
+            "output_hidden_states",
+            "return_dict",
+            "chunk_size_feed_forward",
+            "is_encoder_decoder",
+            "id2label",
+            "label2id",
+            "problem_type",
+            "pretraining_tp",
+            "default_theta",
+            "_attn_implementation_autoset",
+            "is_decoder",
+            "add_cross_attention",
+            "num_labels",
+            "max_window_layers",  # transformers turns it into layer_types, which counts
+        }
+    )
 
     _BASE_RULES: ClassVar[tuple[Rule, ...]] = (ROPE, DTYPE, HEAD_DIM)
     registration: ClassVar[Registration | None] = None
@@ -88,15 +119,25 @@ class MegatronModelBridge:
     # -- registration ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def register_bridge(cls, *, source: type | str, target: type | None = None,
-                        provider: type[GPTModelProvider] | None = None, model_type: str | None = None):
+    def register_bridge(
+        cls,
+        *,
+        source: type | str,
+        target: type | None = None,
+        provider: type[GPTModelProvider] | None = None,
+        model_type: str | None = None,
+    ):
         """Class decorator. `source` is a transformers class or the name that config.json gives in `architectures`."""
         architecture = source if isinstance(source, str) else source.__name__
 
         def register(bridge: type[MegatronModelBridge]) -> type[MegatronModelBridge]:
             if architecture in _REGISTERED and _REGISTERED[architecture].bridge.__qualname__ != bridge.__qualname__:
-                logger.warning("%s replaces %s as the bridge of %s", bridge.__name__,
-                               _REGISTERED[architecture].bridge.__name__, architecture)
+                logger.warning(
+                    "%s replaces %s as the bridge of %s",
+                    bridge.__name__,
+                    _REGISTERED[architecture].bridge.__name__,
+                    architecture,
+                )
             registration = Registration(bridge, architecture, target, provider or GPTModelProvider, model_type)
             bridge.registration = _REGISTERED[architecture] = registration
             return bridge
@@ -115,8 +156,11 @@ class MegatronModelBridge:
                 return _REGISTERED[architecture]
         name = (architectures or ["(none given)"])[0]
         near = difflib.get_close_matches(name, _REGISTERED, n=1)
-        raise ConfigError(f"architecture {name} has no bridge" + (f"; did you mean {near[0]}?" if near else "")
-                          + " (goldengate families lists them)")
+        raise ConfigError(
+            f"architecture {name} has no bridge"
+            + (f"; did you mean {near[0]}?" if near else "")
+            + " (goldengate families lists them)"
+        )
 
     # -- configuration -----------------------------------------------------------------------------------------------
 
@@ -133,11 +177,16 @@ class MegatronModelBridge:
         for name, value in sorted(values.items()):
             if name in cls.HF_FIXED:
                 if value not in (cls.HF_FIXED[name], None):
-                    raise ConfigError(f"config field {name} = {value!r}: {cls.__name__} computes only "
-                                      f"{name} = {cls.HF_FIXED[name]!r}")
+                    raise ConfigError(
+                        f"config field {name} = {value!r}: {cls.__name__} computes only {name} = {cls.HF_FIXED[name]!r}"
+                    )
+            elif name.endswith("bias") and value is False:
+                continue  # no such tensor; one that is there all the same has no mapping and is refused on import
             elif name not in known and value is not None:
-                raise ConfigError(f"config field {name} = {value!r} is not known to {cls.__name__}: map it in CONFIG_MAPPING "
-                                  "or a rule, or list it in HF_INERT when it does not change the computation")
+                raise ConfigError(
+                    f"config field {name} = {value!r} is not known to {cls.__name__}: map it in CONFIG_MAPPING "
+                    "or a rule, or list it in HF_INERT when it does not change the computation"
+                )
 
     @classmethod
     def hf_config_to_provider_kwargs(cls, config: PreTrainedConfig) -> dict[str, Any]:
@@ -146,7 +195,9 @@ class MegatronModelBridge:
         for hf, megatron in cls.CONFIG_MAPPING:
             if (value := getattr(config, hf, None)) is not None:
                 kwargs[megatron] = value
-        if (activation := getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)) is not None:
+        if (
+            activation := getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+        ) is not None:
             kwargs["activation_func"] = cls.hf_to_megatron_activation(activation)
         for rule in cls._rules():
             kwargs.update(rule.to_megatron(config))
@@ -154,7 +205,7 @@ class MegatronModelBridge:
 
     def provider_bridge(self, hf_pretrained) -> GPTModelProvider:
         """The provider of a model; `hf_pretrained.config` is its config. Families rarely need to override this."""
-        provider = (self.registration.provider if self.registration else GPTModelProvider)
+        provider = self.registration.provider if self.registration else GPTModelProvider
         kwargs = {**self.MEGATRON_DEFAULTS, **self.hf_config_to_provider_kwargs(hf_pretrained.config)}
         return provider(**kwargs)
 
@@ -178,14 +229,22 @@ class MegatronModelBridge:
             config.update(rule.to_hf(provider))
         fields = cls._declared_fields(config.get("model_type"))
         if fields:  # only what this model type's config class has; these it reads without declaring them
-            fields |= {"architectures", "model_type", "torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor",
-                       "head_dim", *cls.HF_FIXED}
+            fields |= {
+                "architectures",
+                "model_type",
+                "torch_dtype",
+                "rope_theta",
+                "rope_scaling",
+                "partial_rotary_factor",
+                "head_dim",
+                *cls.HF_FIXED,
+            }
             config = {k: v for k, v in config.items() if k in fields}
         return config
 
     @staticmethod
     def _declared_fields(model_type: str | None) -> set[str]:
-        if model_type not in HF_CONFIG_CLASSES:
+        if not model_type or model_type not in HF_CONFIG_CLASSES:
             return set()
         blank = HF_CONFIG_CLASSES[model_type]()
         return set(blank.to_dict()) | set(blank.attribute_map)
@@ -194,7 +253,9 @@ class MegatronModelBridge:
     def hf_to_megatron_activation(cls, name: str) -> Callable:
         """ConfigError for a name that ACTIVATION_MAPPING does not have."""
         if name not in cls.ACTIVATION_MAPPING:
-            raise ConfigError(f"activation {name!r} is not known; ACTIVATION_MAPPING has {', '.join(cls.ACTIVATION_MAPPING)}")
+            raise ConfigError(
+                f"activation {name!r} is not known; ACTIVATION_MAPPING has {', '.join(cls.ACTIVATION_MAPPING)}"
+            )
         return cls.ACTIVATION_MAPPING[name]
 
     @classmethod
@@ -203,8 +264,10 @@ class MegatronModelBridge:
         for name, known in cls.ACTIVATION_MAPPING.items():
             if function is known:
                 return name
-        raise ConfigError(f"activation function {getattr(function, '__name__', function)!r} has no Hugging Face name in "
-                          "ACTIVATION_MAPPING")
+        raise ConfigError(
+            f"activation function {getattr(function, '__name__', function)!r} has no Hugging Face name in "
+            "ACTIVATION_MAPPING"
+        )
 
     @staticmethod
     def dtype_from_hf(config: PreTrainedConfig, default: torch.dtype = torch.float32) -> torch.dtype:

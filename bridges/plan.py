@@ -52,8 +52,15 @@ def shard_of(mapping: ParamMapping, layout: Layout, coords: Coords) -> Shard:
     return Shard(coords.etp, layout.expert_tp) if mapping.is_expert else Shard(coords.tp, layout.tp)
 
 
-def copies(name: str, mapping: ParamMapping, parts: Sequence[Resolved], hf_shapes: Mapping[str, Shape],
-           sizes: Mapping[str, int], shard: Shard, local_shape: Shape) -> list[Copy]:
+def copies(
+    name: str,
+    mapping: ParamMapping,
+    parts: Sequence[Resolved],
+    hf_shapes: Mapping[str, Shape],
+    sizes: Mapping[str, int],
+    shard: Shard,
+    local_shape: Shape,
+) -> list[Copy]:
     """The copies that make up one Megatron parameter on one rank.
 
     `sizes` binds the mapping's symbols (see `symbol_sizes`). Raises PlanError naming the tensors when a part is absent
@@ -63,8 +70,10 @@ def copies(name: str, mapping: ParamMapping, parts: Sequence[Resolved], hf_shape
     for part in parts:
         if part.hf not in hf_shapes:
             near = difflib.get_close_matches(part.hf, hf_shapes, n=1, cutoff=0.6)
-            raise PlanError(f"{part.hf} is missing: Megatron's {name} is made of it"
-                            + (f" (the checkpoint has {near[0]})" if near else ""))
+            raise PlanError(
+                f"{part.hf} is missing: Megatron's {name} is made of it"
+                + (f" (the checkpoint has {near[0]})" if near else "")
+            )
         shapes.append(tuple(hf_shapes[part.hf]))
     key = tuple((p.view, p.index) for p in parts)
     symbols = tuple(sorted({**sizes, "t": shard.size}.items()))
@@ -83,8 +92,10 @@ def _boxes(parts, shapes, symbols, shard, local_shape, padded) -> tuple[tuple[in
         box = Box(0, (math.prod(local_shape),), (1,))
         return ((0, box, box),)
     known = dict(symbols)
-    bound = [bind(parse(view), shape, {s: known[s] for s in known if s in _symbols(view)}, dict(index))
-             for (view, index), shape in zip(parts, shapes, strict=True)]
+    bound = [
+        bind(parse(view), shape, {s: known[s] for s in known if s in _symbols(view)}, dict(index))
+        for (view, index), shape in zip(parts, shapes, strict=True)
+    ]
     rest = [size for size, _ in bound[0].rest]
     for other in bound[1:]:
         if [s for s, _ in other.rest] != rest or other.shard_size != bound[0].shard_size:
@@ -94,9 +105,15 @@ def _boxes(parts, shapes, symbols, shard, local_shape, padded) -> tuple[tuple[in
     total = bound[0].shard_size * width
     local = math.prod(local_shape) // row if row else 0
     expected = total // shard.size if not padded else local
-    if local_shape != (expected, *rest) or (not padded and expected * shard.size != total) or local * shard.size < total:
-        raise ViewError(f"{total} rows over {shard.size} ranks make {(total / shard.size):g} x {tuple(rest)} each; "
-                        f"Megatron holds {local_shape}")
+    if (
+        local_shape != (expected, *rest)
+        or (not padded and expected * shard.size != total)
+        or local * shard.size < total
+    ):
+        raise ViewError(
+            f"{total} rows over {shard.size} ranks make {(total / shard.size):g} x {tuple(rest)} each; "
+            f"Megatron holds {local_shape}"
+        )
     low = min(shard.rank * local, total)
     high = min(low + local, total)
     out = []
@@ -108,7 +125,9 @@ def _boxes(parts, shapes, symbols, shard, local_shape, padded) -> tuple[tuple[in
         for first, last, f0, f1 in _rows(low, high, width, start, part.feature_size):
             for s in slice_flat(shard_axes, first, last):
                 for f in slice_flat(feature_axes, f0, f1):
-                    pair = Pair(part.offset + s.a + f.a, (start - low) * row + s.b + f.b, (*s.axes, *f.axes, *rest_axes))
+                    pair = Pair(
+                        part.offset + s.a + f.a, (start - low) * row + s.b + f.b, (*s.axes, *f.axes, *rest_axes)
+                    )
                     hf_box, megatron_box = pair.boxes()
                     out.append((p, megatron_box, hf_box))
     return tuple(out)
@@ -116,7 +135,7 @@ def _boxes(parts, shapes, symbols, shard, local_shape, padded) -> tuple[tuple[in
 
 def _with_rows(axes: Sequence[tuple[int, int]], unit: int) -> list[Axis]:
     """HF axes with the strides they have in Megatron: row-major, the last one `unit` elements apart."""
-    return [(size, stride, unit * math.prod(n for n, _ in axes[k + 1:])) for k, (size, stride) in enumerate(axes)]
+    return [(size, stride, unit * math.prod(n for n, _ in axes[k + 1 :])) for k, (size, stride) in enumerate(axes)]
 
 
 def _rows(low: int, high: int, width: int, start: int, size: int):
@@ -142,8 +161,12 @@ def _rows(low: int, high: int, width: int, start: int, size: int):
 @lru_cache(maxsize=4096)
 def _symbols(view: str) -> frozenset[str]:
     expression = parse(view)
-    return frozenset(s for dim in expression.dims for item in dim
-                     for s in ((item,) if isinstance(item, str) else (s for o in item.options for s in o)))
+    return frozenset(
+        s
+        for dim in expression.dims
+        for item in dim
+        for s in ((item,) if isinstance(item, str) else (s for o in item.options for s in o))
+    )
 
 
 def symbol_sizes(mapping: ParamMapping, provider) -> dict[str, int]:
@@ -175,8 +198,11 @@ class Coverage:
         return not self.errors and self.hf_elements > 0
 
 
-def prove(hf_shapes: Mapping[str, Shape], plans: Iterable[tuple[str, Shape, Sequence[Copy], bool]],
-          ignored: Iterable[str] = ()) -> Coverage:
+def prove(
+    hf_shapes: Mapping[str, Shape],
+    plans: Iterable[tuple[str, Shape, Sequence[Copy], bool]],
+    ignored: Iterable[str] = (),
+) -> Coverage:
     """Every HF element in exactly one shard, every Megatron element written exactly once.
 
     `plans` yields (parameter, local shape, copies, padded) for each distinct shard of each parameter (replicas once).
@@ -226,7 +252,9 @@ def _fault(numel: int, boxes: tuple[Box, ...], gaps_allowed: bool) -> str | None
         end = offset // unit + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         if offset < 0 or end >= len(counts):
             return f"a copy reaches element {offset if offset < 0 else end * unit}, outside its {numel}"
-        view = np.lib.stride_tricks.as_strided(counts[offset // unit:], shape, tuple(s * counts.itemsize for s in strides))
+        view = np.lib.stride_tricks.as_strided(
+            counts[offset // unit :], shape, tuple(s * counts.itemsize for s in strides)
+        )
         view += 1
     missing, twice = int((counts == 0).sum()) * unit, int((counts > 1).sum()) * unit
     if twice or (missing and not gaps_allowed):
@@ -235,13 +263,21 @@ def _fault(numel: int, boxes: tuple[Box, ...], gaps_allowed: bool) -> str | None
     return None
 
 
-def prove_layout(parameters: Sequence[Parameter], registry: MegatronMappingRegistry, hf_shapes: Mapping[str, Shape],
-                 provider, layout: Layout, *, ignored: Iterable[str] = (), alias: Mapping[str, str] | None = None
-                 ) -> Coverage:
+def prove_layout(
+    parameters: Sequence[Parameter],
+    registry: MegatronMappingRegistry,
+    hf_shapes: Mapping[str, Shape],
+    provider,
+    layout: Layout,
+    *,
+    ignored: Iterable[str] = (),
+    alias: Mapping[str, str] | None = None,
+) -> Coverage:
     """The proof for a whole layout from shapes alone: each parameter is planned for each of its shards.
 
     `parameters` describe the model unsharded; `alias` names Megatron parameters that are second copies of another.
     """
+
     def plans():
         for parameter in parameters:
             if alias and parameter.name in alias:
@@ -251,9 +287,12 @@ def prove_layout(parameters: Sequence[Parameter], registry: MegatronMappingRegis
             shape = local_shape(mapping, parameter.shape, size)
             for rank in range(size):
                 shard = Shard(rank, size)
-                yield (parameter.name, shape,
-                       copies(parameter.name, mapping, parts, hf_shapes, symbol_sizes(mapping, provider), shard, shape),
-                       mapping.padded)
+                yield (
+                    parameter.name,
+                    shape,
+                    copies(parameter.name, mapping, parts, hf_shapes, symbol_sizes(mapping, provider), shard, shape),
+                    mapping.padded,
+                )
 
     try:
         return prove(hf_shapes, plans(), ignored)

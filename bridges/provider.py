@@ -81,10 +81,16 @@ class GPTModelProvider(TransformerConfig):
     @property
     def layout(self) -> Layout:
         """The model-parallel layout that the provider's fields say (dp is not a model's business)."""
-        return Layout(tp=self.tensor_model_parallel_size, pp=self.pipeline_model_parallel_size,
-                      vpp=self.virtual_pipeline_model_parallel_size or 1, ep=self.expert_model_parallel_size,
-                      etp=self.expert_tensor_parallel_size, cp=self.context_parallel_size, sp=self.sequence_parallel,
-                      split=self.num_layers_per_chunk)
+        return Layout(
+            tp=self.tensor_model_parallel_size,
+            pp=self.pipeline_model_parallel_size,
+            vpp=self.virtual_pipeline_model_parallel_size or 1,
+            ep=self.expert_model_parallel_size,
+            etp=self.expert_tensor_parallel_size,
+            cp=self.context_parallel_size,
+            sp=self.sequence_parallel,
+            split=self.num_layers_per_chunk,
+        )
 
     def apply_layout(self, layout: Layout | str) -> GPTModelProvider:
         """Set every parallel size from a layout; returns self."""
@@ -107,10 +113,15 @@ class GPTModelProvider(TransformerConfig):
 
     def check_layout(self) -> None:
         """Raise LayoutError when the model does not divide into the layout."""
-        self.layout.check(num_layers=self.num_layers, num_heads=self.num_attention_heads,
-                          num_query_groups=self.num_query_groups or self.num_attention_heads,
-                          ffn=self.ffn_hidden_size or 4 * self.hidden_size, num_experts=self.num_moe_experts,
-                          moe_ffn=self.moe_ffn_hidden_size, shared_ffn=self.moe_shared_expert_intermediate_size)
+        self.layout.check(
+            num_layers=self.num_layers,
+            num_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups or self.num_attention_heads,
+            ffn=self.ffn_hidden_size or 4 * self.hidden_size,
+            num_experts=self.num_moe_experts,
+            moe_ffn=self.moe_ffn_hidden_size,
+            shared_ffn=self.moe_shared_expert_intermediate_size,
+        )
 
     # -- life cycle --------------------------------------------------------------------------------------------------
 
@@ -118,8 +129,6 @@ class GPTModelProvider(TransformerConfig):
         """Derive and validate everything; after this the parallel sizes are fixed. Calling it twice is fine."""
         if self._final:
             return self
-        if self.vocab_size < 1:
-            raise ValueError(f"provider.vocab_size is {self.vocab_size}: set it before finalize()")
         self.use_cpu_initialization = not torch.cuda.is_available()
         if self.pipeline_model_parallel_size > 1 and self.pipeline_dtype is None:
             self.pipeline_dtype = self.params_dtype
@@ -143,11 +152,17 @@ class GPTModelProvider(TransformerConfig):
         """Inverse rope frequencies [rotary dim / 2] in fp32."""
         dim = self.kv_channels or self.hidden_size // self.num_attention_heads
         frequencies, factor = inverse_frequencies(
-            base=self.rotary_base, dim=dim, scaling=self.rope_scaling, percent=self.rotary_percent,
-            max_position_embeddings=self.max_position_embeddings)
+            base=self.rotary_base,
+            dim=dim,
+            scaling=self.rope_scaling,
+            percent=self.rotary_percent,
+            max_position_embeddings=self.max_position_embeddings,
+        )
         if factor != 1.0:
-            raise ValueError(f"rope scaling {self.rope_scaling} multiplies cos and sin by {factor}: not built for "
-                             "grouped-query attention")
+            raise ValueError(
+                f"rope scaling {self.rope_scaling} multiplies cos and sin by {factor}: not built for "
+                "grouped-query attention"
+            )
         return frequencies
 
     def layer_spec(self, vp_stage: int | None) -> Any:
@@ -157,16 +172,29 @@ class GPTModelProvider(TransformerConfig):
     def provide(self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> GPTModel:
         """One model chunk for this rank (process groups must exist)."""
         if not self._final:
-            raise ValueError("call provider.finalize() before building a model: it validates and locks the configuration")
+            raise ValueError(
+                "call provider.finalize() before building a model: it validates and locks the configuration"
+            )
+        if self.vocab_size < 1:
+            raise ValueError(f"provider.vocab_size is {self.vocab_size}: set it before building a model")
         model = GPTModel(
-            config=self, transformer_layer_spec=self.layer_spec(vp_stage), vocab_size=self.padded_vocab_size,
-            max_sequence_length=self.max_position_embeddings, pre_process=pre_process, post_process=post_process,
-            parallel_output=True, share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-            position_embedding_type="rope", rotary_percent=self.rotary_percent,
-            rotary_base=int(self.rotary_base), vp_stage=vp_stage)
+            config=self,
+            transformer_layer_spec=self.layer_spec(vp_stage),
+            vocab_size=self.padded_vocab_size,
+            max_sequence_length=self.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_percent=self.rotary_percent,
+            rotary_base=int(self.rotary_base),
+            vp_stage=vp_stage,
+        )
         if hasattr(model, "rotary_pos_emb"):
-            model.rotary_pos_emb = Rotary(self.rope_frequencies(), interleaved=self.rotary_interleaved,
-                                          cp_group=model.pg_collection.cp)
+            model.rotary_pos_emb = Rotary(
+                self.rope_frequencies(), interleaved=self.rotary_interleaved, cp_group=model.pg_collection.cp
+            )
         return model
 
     def provide_distributed_model(self, wrap_with_ddp: bool = True) -> list:
@@ -180,9 +208,11 @@ class GPTModelProvider(TransformerConfig):
         chunks = []
         for stage in range(vpp or 1):
             at = {"vp_stage": stage, "ignore_virtual": False} if vpp else {}
-            chunk = self.provide(pre_process=parallel_state.is_pipeline_first_stage(**at),
-                                 post_process=parallel_state.is_pipeline_last_stage(**at),
-                                 vp_stage=stage if vpp else None)
+            chunk = self.provide(
+                pre_process=parallel_state.is_pipeline_first_stage(**at),
+                post_process=parallel_state.is_pipeline_last_stage(**at),
+                vp_stage=stage if vpp else None,
+            )
             if torch.cuda.is_available():
                 chunk.cuda()
             chunks.append(chunk)
@@ -214,21 +244,25 @@ def ensure_process_groups(provider: GPTModelProvider, layout: Layout | None = No
     if world % needed or (world // needed * layout.tp * layout.cp) % (layout.expert_tp * layout.ep):
         raise LayoutError(f"layout {layout} needs a multiple of {layout.world_size} ranks; {world} are running")
     if parallel_state.model_parallel_is_initialized():
-        have = (parallel_state.get_tensor_model_parallel_world_size(),
-                parallel_state.get_pipeline_model_parallel_world_size(),
-                parallel_state.get_context_parallel_world_size(),
-                parallel_state.get_expert_model_parallel_world_size(),
-                parallel_state.get_expert_tensor_parallel_world_size())
+        have = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_context_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_world_size(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
+        )
         want = (layout.tp, layout.pp, layout.cp, layout.ep, layout.expert_tp)
         if have != want:
             raise LayoutError(f"process groups exist for tp, pp, cp, ep, etp = {have}; the provider wants {want}")
     else:
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
-            context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=layout.expert_tp)
-    parallel_state.set_virtual_pipeline_model_parallel_world_size(
-        provider.virtual_pipeline_model_parallel_size)
-    if not tensor_parallel.get_cuda_rng_tracker().is_initialized():
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.expert_tp,
+        )
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(provider.virtual_pipeline_model_parallel_size)
+    tracker: Any = tensor_parallel.get_cuda_rng_tracker()
+    if not tracker.is_initialized():
         tensor_parallel.model_parallel_cuda_manual_seed(1234)
-

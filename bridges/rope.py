@@ -16,23 +16,30 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 STATIC_KINDS = ("default", "linear", "llama3", "yarn", "proportional")
 
 
-def inverse_frequencies(*, base: float, dim: int, scaling: dict | None, max_position_embeddings: int,
-                        percent: float = 1.0) -> tuple[torch.Tensor, float]:
+def inverse_frequencies(
+    *, base: float, dim: int, scaling: dict | None, max_position_embeddings: int, percent: float = 1.0
+) -> tuple[torch.Tensor, float]:
     """(inverse frequencies [rotary dim / 2] fp32, factor on cos and sin).
 
     `scaling` is a hub-style `rope_scaling` dict or None; `dim` the head dim; `percent` the part of it that is rotated.
     """
     kind = (scaling or {}).get("rope_type", "default")
     if kind not in STATIC_KINDS:
-        raise ValueError(f"rope_type {kind!r} depends on the sequence length and is not built; known: "
-                         f"{', '.join(STATIC_KINDS)}")
+        raise ValueError(
+            f"rope_type {kind!r} depends on the sequence length and is not built; known: {', '.join(STATIC_KINDS)}"
+        )
     if kind == "default":
         rotary = int(dim * percent)
         return 1.0 / (base ** (torch.arange(0, rotary, 2, dtype=torch.int64).float() / rotary)), 1.0
     parameters = {**scaling, "rope_theta": base, "partial_rotary_factor": percent}  # type: ignore[dict-item]
-    config = SimpleNamespace(rope_parameters=parameters, head_dim=dim, hidden_size=dim, num_attention_heads=1,
-                             max_position_embeddings=max_position_embeddings,
-                             standardize_rope_params=lambda: None)
+    config = SimpleNamespace(
+        rope_parameters=parameters,
+        head_dim=dim,
+        hidden_size=dim,
+        num_attention_heads=1,
+        max_position_embeddings=max_position_embeddings,
+        standardize_rope_params=lambda: None,
+    )
     frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")  # type: ignore[arg-type]
     return frequencies.float(), float(factor)
 

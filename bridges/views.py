@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 
 class ViewError(ValueError):
@@ -47,14 +47,15 @@ class Expression:
 
 
 def _kept_symbols(dims) -> list[str]:
-    return [s for dim in dims for item in dim
-            for s in (item.options[item.pick] if isinstance(item, Segments) else (item,))]
+    return [
+        s for dim in dims for item in dim for s in (item.options[item.pick] if isinstance(item, Segments) else (item,))
+    ]
 
 
 _TOKEN = re.compile(r"\s*([A-Za-z_]\w*|[()\[\]|*])")
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(text: str) -> Expression:
     """Read an expression; ViewError says what is wrong with it."""
     left, arrow, right = text.partition("->")
@@ -79,7 +80,9 @@ def parse(text: str) -> Expression:
     shard, feature, rest = (tuple(g.split()) for g in groups)
     for symbol in (*shard, *feature, *rest):
         if symbol not in kept:
-            raise ViewError(f"view {text!r}: {symbol!r} stands on the right but not in the part that is meant on the left")
+            raise ViewError(
+                f"view {text!r}: {symbol!r} stands on the right but not in the part that is meant on the left"
+            )
     if len(set(kept)) != len(kept) or len({*shard, *feature, *rest}) != len((*shard, *feature, *rest)):
         raise ViewError(f"view {text!r}: a symbol is used twice")
     return Expression(text, tuple(dims), shard, feature, rest)
@@ -188,18 +191,22 @@ def _bind(expression, shape, known_items, index_items) -> Bound:
     def axes(symbols):
         return tuple((sizes[s], strides[s]) for s in symbols)
 
-    return Bound(offset, axes(expression.shard), axes(expression.feature), axes(expression.rest),
-                 tuple(sorted(sizes.items())))
+    return Bound(
+        offset, axes(expression.shard), axes(expression.feature), axes(expression.rest), tuple(sorted(sizes.items()))
+    )
 
 
 def _all_symbols(dim) -> list[str]:
-    return [s for item in dim for s in
-            ((s for o in item.options for s in o) if isinstance(item, Segments) else (item,))]
+    return [
+        s for item in dim for s in ((s for o in item.options for s in o) if isinstance(item, Segments) else (item,))
+    ]
 
 
 def _extent(dim, sizes) -> int:
-    return math.prod(sum(math.prod(sizes[s] for s in o) for o in item.options) if isinstance(item, Segments)
-                     else sizes[item] for item in dim)
+    return math.prod(
+        sum(math.prod(sizes[s] for s in o) for o in item.options) if isinstance(item, Segments) else sizes[item]
+        for item in dim
+    )
 
 
 def _solve(expression, d, shape, sizes, symbol) -> int:
@@ -214,9 +221,12 @@ def _solve(expression, d, shape, sizes, symbol) -> int:
 
 
 def _mismatch(expression, d, shape, sizes, multiple=None) -> ViewError:
-    dim = " ".join(str(i) if isinstance(i, str) else
-                   "[" + " | ".join(("*" if k == i.pick else "") + " ".join(o) for k, o in enumerate(i.options)) + "]"
-                   for i in expression.dims[d])
+    dim = " ".join(
+        str(i)
+        if isinstance(i, str)
+        else "[" + " | ".join(("*" if k == i.pick else "") + " ".join(o) for k, o in enumerate(i.options)) + "]"
+        for i in expression.dims[d]
+    )
     given = ", ".join(f"{s}={sizes[s]}" for s in dict.fromkeys(_all_symbols(expression.dims[d])) if s in sizes)
     want = f"a multiple of {multiple}" if multiple else str(_extent(expression.dims[d], sizes))
     return ViewError(f"shape {shape}: dim {d} has {shape[d]}; `({dim})` with {given or 'no factor known'} needs {want}")

@@ -11,8 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Proves that a bridge between Hugging Face and Megatron-Core is right.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Proves that a bridge between Hugging Face and Megatron-Core is right.",
+)
 golden_app = typer.Typer(no_args_is_help=True, help="The stored reference values.")
 convert_app = typer.Typer(no_args_is_help=True, help="Real checkpoints, in any layout.")
 app.add_typer(golden_app, name="golden")
@@ -21,8 +25,10 @@ app.add_typer(convert_app, name="convert")
 JsonOption = Annotated[str | None, typer.Option("--json", help="Write JSON to this file; - is standard output.")]
 Rows = Annotated[list[str] | None, typer.Argument(help="Rows (toy models); all when none is given.")]
 LayoutOption = Annotated[str, typer.Option("--layout", help="e.g. tp2-pp2-ep2-sp")]
-TrustOption = Annotated[bool | None, typer.Option("--trust-remote-code/--no-trust-remote-code",
-                                                  help="May code that the checkpoint ships run?")]
+TrustOption = Annotated[
+    bool | None,
+    typer.Option("--trust-remote-code/--no-trust-remote-code", help="May code that the checkpoint ships run?"),
+]
 
 
 def _write_json(target: str | None, data: Any) -> None:
@@ -40,22 +46,30 @@ def _words(values: list[str] | None) -> list[str]:
 @app.command()
 def families(json_file: JsonOption = None) -> None:
     """The rows: model type, architecture, mechanisms, and the layouts each is proven in."""
-    import toy_models
     from rich.console import Console
     from rich.table import Table
 
+    import toy_models
     from harness import goldens
     from harness.layouts import choose
     from harness.verify import describe, has_experts
 
-    rows = [{**describe(row, choose("full", experts=has_experts(row))), "golden": row in goldens.list_goldens()}
-            for row in toy_models.rows()]
+    rows = [
+        {**describe(row, choose("full", experts=has_experts(row))), "golden": row in goldens.list_goldens()}
+        for row in toy_models.rows()
+    ]
     _write_json(json_file, rows)
     if json_file != "-":
         table = Table("row", "model type", "architecture", "mechanisms", "layouts", "golden", box=None)
         for r in rows:
-            table.add_row(r["row"], r["model_type"], r["architecture"], ", ".join(r["mechanisms"]), str(len(r["layouts"])),
-                          "yes" if r["golden"] else "missing")
+            table.add_row(
+                r["row"],
+                r["model_type"],
+                r["architecture"],
+                ", ".join(r["mechanisms"]),
+                str(len(r["layouts"])),
+                "yes" if r["golden"] else "missing",
+            )
         Console().print(table)
 
 
@@ -63,15 +77,16 @@ def families(json_file: JsonOption = None) -> None:
 def verify(
     rows: Rows = None,
     layouts: Annotated[list[str] | None, typer.Option(help="quick, full, or layouts; commas or repeated.")] = None,
-    checks: Annotated[list[str] | None, typer.Option(help="config, complete, roundtrip, logits, reload; all by default.")]
-    = None,
+    checks: Annotated[
+        list[str] | None, typer.Option(help="config, complete, roundtrip, logits, reload; all by default.")
+    ] = None,
     json_file: JsonOption = None,
     html: Annotated[str | None, typer.Option(help="Write the report as one static page.")] = None,
 ) -> None:
     """Check rows in layouts, on this machine, with Megatron-Core's own models and collectives."""
-    import toy_models
     from rich.console import Console
 
+    import toy_models
     from harness import goldens
     from harness.report import ProgressPrinter, print_table
     from harness.verify import verify_rows
@@ -83,8 +98,13 @@ def verify(
         for name in goldens.orphans():
             raise ValueError(f"golden {name} has no row: delete goldens/{name}.safetensors or restore its row")
     with ProgressPrinter() as progress:
-        report = verify_rows(chosen, which=_words(layouts) or "quick", checks=_words(checks) or None,
-                             started=progress.start, cell=progress.cell)
+        report = verify_rows(
+            chosen,
+            which=_words(layouts) or "quick",
+            checks=_words(checks) or None,
+            started=progress.start,
+            cell=progress.cell,
+        )
     if json_file:
         report.save_json(json_file)
     if html:
@@ -94,6 +114,7 @@ def verify(
 
 
 # -- golden ----------------------------------------------------------------------------------------------------------
+
 
 @golden_app.command("regen")
 def golden_regen(
@@ -125,13 +146,17 @@ def golden_list(json_file: JsonOption = None) -> None:
     """Every golden with its gate, noise and versions; exit 1 for missing and orphaned ones."""
     from harness import goldens
 
-    rows = [{"row": row, **goldens.load(row).provenance} for row in goldens.list_goldens() if row not in goldens.orphans()]
+    rows = [
+        {"row": row, **goldens.load(row).provenance} for row in goldens.list_goldens() if row not in goldens.orphans()
+    ]
     _write_json(json_file, {"goldens": rows, "missing": goldens.missing(), "orphans": goldens.orphans()})
     if json_file != "-":
         for r in rows:
             noise = ", ".join(f"{k} {v:.1e}" for k, v in r["noise"].items())
-            print(f"{r['row']:24} gate {r['gate']:.1e}  noise {noise}  torch {r['versions']['torch']}, "
-                  f"transformers {r['versions']['transformers']}  ({r['reason']})")
+            print(
+                f"{r['row']:24} gate {r['gate']:.1e}  noise {noise}  torch {r['versions']['torch']}, "
+                f"transformers {r['versions']['transformers']}  ({r['reason']})"
+            )
         for kind in ("missing", "orphans"):
             for row in getattr(goldens, kind)():
                 print(f"{kind}: {row}", file=sys.stderr)
@@ -140,11 +165,14 @@ def golden_list(json_file: JsonOption = None) -> None:
 
 # -- convert ---------------------------------------------------------------------------------------------------------
 
+
 @convert_app.command("roundtrip")
 def convert_roundtrip(
     source: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder.")],
     layout: LayoutOption = "tp1",
-    target: Annotated[Path | None, typer.Option(help="Keep the exported folder here (default: a temporary one).")] = None,
+    target: Annotated[
+        Path | None, typer.Option(help="Keep the exported folder here (default: a temporary one).")
+    ] = None,
     trust_remote_code: TrustOption = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -172,9 +200,13 @@ def convert_import(
 
 @convert_app.command("export")
 def convert_export(
-    source: Annotated[Path, typer.Argument(help="A folder made by convert import (or Megatron's own torch_dist format).")],
+    source: Annotated[
+        Path, typer.Argument(help="A folder made by convert import (or Megatron's own torch_dist format).")
+    ],
     target: Annotated[Path, typer.Argument(help="A new Hugging Face folder.")],
-    reference: Annotated[Path, typer.Option("--hf", help="The Hugging Face folder whose names, dtypes and config to use.")],
+    reference: Annotated[
+        Path, typer.Option("--hf", help="The Hugging Face folder whose names, dtypes and config to use.")
+    ],
     layout: LayoutOption = "tp1",
     trust_remote_code: TrustOption = None,
     json_file: JsonOption = None,

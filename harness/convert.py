@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bridges import AutoBridge, CheckpointError, Layout, cpu_substitutions
-from bridges.checkpoint import Checkpoint, same_bytes
-from bridges.checkpoint_writer import CheckpointWriter
-from bridges.provider import ensure_process_groups
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bridges import AutoBridge, CheckpointError, Layout, cpu_substitutions
+from bridges.checkpoint import Checkpoint, same_bytes
+from bridges.provider import ensure_process_groups
 from harness import jobs
 from harness.ranks import Ranks
 from harness.verify import quiet
@@ -42,8 +41,15 @@ def roundtrip(source: Path, layout_text: str, target: Path | None, trust: bool |
         with Checkpoint.open(source) as a, Checkpoint.open(out) as b:
             differences = same_bytes(a, b)
         compared = time.perf_counter() - start
-        result = {"layout": str(conversion.layout), "bytes": conversion.nbytes, "import_s": took, "export_s": wrote,
-                  "compare_s": compared, "peak_mib": memory, "differences": differences}
+        result = {
+            "layout": str(conversion.layout),
+            "bytes": conversion.nbytes,
+            "import_s": took,
+            "export_s": wrote,
+            "compare_s": compared,
+            "peak_mib": memory,
+            "differences": differences,
+        }
         _say(result)
         return result
     finally:
@@ -63,11 +69,18 @@ def import_checkpoint(source: Path, target: Path, layout_text: str, trust: bool 
             part.rename(target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        return {"layout": str(conversion.layout), "bytes": conversion.nbytes, "import_s": took, "save_s": saved,
-                "peak_mib": conversion.memory()}
+        return {
+            "layout": str(conversion.layout),
+            "bytes": conversion.nbytes,
+            "import_s": took,
+            "save_s": saved,
+            "peak_mib": conversion.memory(),
+        }
 
 
-def export_checkpoint(source: Path, target: Path, reference: Path, layout_text: str, trust: bool | None) -> dict[str, Any]:
+def export_checkpoint(
+    source: Path, target: Path, reference: Path, layout_text: str, trust: bool | None
+) -> dict[str, Any]:
     """A Megatron distributed checkpoint -> a Hugging Face folder with the reference's names, dtypes and files."""
     if not source.is_dir():
         raise CheckpointError(f"{source} is not a folder: give a Megatron checkpoint")
@@ -75,8 +88,13 @@ def export_checkpoint(source: Path, target: Path, reference: Path, layout_text: 
     with _Conversion(reference, layout_text, trust) as conversion:
         took = conversion.run("load", _load, str(source))
         wrote = conversion.run("export", _export, str(target))
-        return {"layout": str(conversion.layout), "bytes": conversion.nbytes, "load_s": took, "export_s": wrote,
-                "peak_mib": conversion.memory()}
+        return {
+            "layout": str(conversion.layout),
+            "bytes": conversion.nbytes,
+            "load_s": took,
+            "export_s": wrote,
+            "peak_mib": conversion.memory(),
+        }
 
 
 def _must_be_new(target: Path) -> None:
@@ -96,7 +114,9 @@ class _Conversion:
         quiet()
         self.layout = Layout.parse(layout_text)
         if self.layout.world_size > MAX_RANKS:
-            raise ValueError(f"layout {self.layout} has {self.layout.world_size} ranks; this machine forks at most {MAX_RANKS}")
+            raise ValueError(
+                f"layout {self.layout} has {self.layout.world_size} ranks; this machine forks at most {MAX_RANKS}"
+            )
         # Everything that can be wrong with the input is found here, before any rank is forked or file is made.
         bridge = AutoBridge.from_hf_pretrained(source, trust)
         bridge.to_megatron_provider(load_weights=False).apply_layout(self.layout).check_layout()
@@ -107,22 +127,29 @@ class _Conversion:
 
         _counter = multiprocessing.get_context("fork").Value("q", 0)
         self.ranks = Ranks()
-        self.total = sum(self.ranks.run(self.layout.world_size, _build, str(source), trust, self.layout,
-                                        deadline_s=DEADLINE_S))
+        self.total = sum(
+            self.ranks.run(self.layout.world_size, _build, str(source), trust, self.layout, deadline_s=DEADLINE_S)
+        )
 
     def run(self, what: str, job, *args) -> float:
         """Seconds that a job took on all ranks, with a bar over parameters."""
         assert _counter is not None
-        _counter.value = 0
+        counter = _counter
+        counter.value = 0
         start, done = time.perf_counter(), threading.Event()
-        columns = (TextColumn(f"{what} {self.layout}"), BarColumn(), MofNCompleteColumn(), TextColumn("parameters"),
-                   TimeElapsedColumn())
+        columns = (
+            TextColumn(f"{what} {self.layout}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("parameters"),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(what, total=self.total)
 
             def watch():
                 while not done.wait(0.1):
-                    bar.update(task, completed=_counter.value)
+                    bar.update(task, completed=counter.value)
 
             watcher = threading.Thread(target=watch, daemon=True)
             watcher.start()
@@ -131,7 +158,7 @@ class _Conversion:
             finally:
                 done.set()
                 watcher.join()
-                bar.update(task, completed=_counter.value)
+                bar.update(task, completed=counter.value)
         return time.perf_counter() - start
 
     def memory(self) -> list[dict[str, float]]:
@@ -146,12 +173,18 @@ class _Conversion:
 
 def _say(result: dict[str, Any]) -> None:
     console, gb = Console(stderr=True), result["bytes"] / 1e9
-    console.print(f"{gb:.2f} GB: import {result['import_s']:.1f} s ({gb / result['import_s']:.2f} GB/s), "
-                  f"export {result['export_s']:.1f} s ({gb / result['export_s']:.2f} GB/s), compared in "
-                  f"{result['compare_s']:.1f} s", highlight=False)
+    console.print(
+        f"{gb:.2f} GB: import {result['import_s']:.1f} s ({gb / result['import_s']:.2f} GB/s), "
+        f"export {result['export_s']:.1f} s ({gb / result['export_s']:.2f} GB/s), compared in "
+        f"{result['compare_s']:.1f} s",
+        highlight=False,
+    )
     for rank, m in enumerate(result["peak_mib"]):
-        console.print(f"rank {rank}: {m['private']:,.0f} MiB of its own ({m['parameters']:,.0f} MiB parameters), peak with "
-                      f"mapped files {m['peak']:,.0f} MiB", highlight=False)
+        console.print(
+            f"rank {rank}: {m['private']:,.0f} MiB of its own ({m['parameters']:,.0f} MiB parameters), peak with "
+            f"mapped files {m['peak']:,.0f} MiB",
+            highlight=False,
+        )
     for line in result["differences"]:
         console.print(f"DIFFERS  {line}", highlight=False)
     if not result["differences"]:
@@ -159,6 +192,7 @@ def _say(result: dict[str, Any]) -> None:
 
 
 # -- on ranks --------------------------------------------------------------------------------------------------------
+
 
 def _build(source: str, trust: bool | None, layout: Layout) -> int:
     """Build the model, unfilled; returns the number of this rank's parameters."""
@@ -202,7 +236,7 @@ def _save(target: str) -> None:
 def _load(source: str) -> None:
     from megatron.core import dist_checkpointing
 
-    state = dist_checkpointing.load(_sharded_state(), source)
+    state: Any = dist_checkpointing.load(_sharded_state(), source)
     for key, chunk in jobs.current().keyed_chunks():
         chunk.load_state_dict(state[key], strict=False)
 
@@ -216,6 +250,9 @@ def _memory() -> dict[str, float]:
     with open("/proc/self/smaps_rollup") as lines:
         sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines if "kB" in line}
     parameters = sum(t.numel() * t.element_size() for c in jobs.current().chunks for t in c.parameters())
-    return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "private": (sizes["Private_Dirty"] + sizes.get("Swap", 0)) / 1024, "parameters": parameters / 2**20,
-            "pid": os.getpid()}
+    return {
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "private": (sizes["Private_Dirty"] + sizes.get("Swap", 0)) / 1024,
+        "parameters": parameters / 2**20,
+        "pid": os.getpid(),
+    }

@@ -54,16 +54,30 @@ def _mark(c: Cell) -> str:
     if c.status == "pass" and c.value is not None and c.margin is not None:
         short = number(c.value, 0).replace("e-0", "e-")  # has to fit a square
         numbers = {"data_value": short, "data_margin": f"{max(c.margin, -99):.1f}"}
-    return _tag("i", class_=c.status, data_check=c.check, data_says=c.says, data_time=duration(c.seconds),
-                data_detail=c.detail, **numbers)
+    return _tag(
+        "i",
+        class_=c.status,
+        data_check=c.check,
+        data_says=c.says,
+        data_time=duration(c.seconds),
+        data_detail=c.detail,
+        **numbers,
+    )
 
 
 def _square(key: str, where: str, cells: list[list[Cell]]) -> str:
     """One layout of one row: its worst status, and a mark per check, always in the same place."""
     status = worst(c.status for found in cells for c in found)
     marks = ("".join(map(_mark, found)) or "<i></i>" for found in cells)
-    return _tag("td", _tag("b", LETTERS[status]), _tag("span", *marks), id=key, class_=status, tabindex=-1,
-                aria_label=f"{where}: {'not run' if status == 'none' else status}")
+    return _tag(
+        "td",
+        _tag("b", LETTERS[status]),
+        _tag("span", *marks),
+        id=key,
+        class_=status,
+        tabindex=-1,
+        aria_label=f"{where}: {'not run' if status == 'none' else status}",
+    )
 
 
 def _matrix(report: Report, checks: list[str], keys: dict[tuple[str, str], str]) -> str:
@@ -74,8 +88,14 @@ def _matrix(report: Report, checks: list[str], keys: dict[tuple[str, str], str])
         about, squares = rows.get(name, {}), []
         mechanisms = ", ".join(about.get("mechanisms", []))
         facts = about.get("architecture"), about.get("model_type"), mechanisms, about.get("reference")
-        head = _tag("th", escape(name), _tag("small", escape(mechanisms)), scope="row", data_row=name,
-                    title="\n".join(filter(None, facts)))
+        head = _tag(
+            "th",
+            escape(name),
+            _tag("small", escape(mechanisms)),
+            scope="row",
+            data_row=name,
+            title="\n".join(filter(None, facts)),
+        )
         for pair in pairs:
             squares.append(_square(keys[pair], " ".join(pair), [found[*pair, check] for check in checks]))
         groups[_group(mechanisms)].append(_tag("tr", head, *squares, class_="row"))
@@ -105,8 +125,7 @@ def page(report: Report) -> str:
     radio = '<input type="radio" name="check" value="{0}"><span>{0}</span>'
     parts: dict[str, str | list[str]] = {
         "headline": f"{len(failures):,} of {ran:,} comparisons do not pass" if failures else good,
-        "counts": [_tag("li", _tag("b", LETTERS[s], class_=s if n else "skip"), f" {n:,} {s}")
-                   for s, n in counts],
+        "counts": [_tag("li", _tag("b", LETTERS[s], class_=s if n else "skip"), f" {n:,} {s}") for s, n in counts],
         "facts": [_tag("div", _tag("dt", k), _tag("dd", v)) for k, v in facts.items()],
         "columns": str(len(layouts) or 1),
         "choices": [_tag("label", radio.format(escape(x))) for x in checks],

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from bridges import AutoBridge, Layout
-from bridges.conversion import current_layout, global_tensors
-from bridges.cpu_backend import zigzag_positions
-from bridges.provider import GPTModelProvider, ensure_process_groups
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from bridges import AutoBridge, Layout
+from bridges.conversion import current_layout, global_tensors
+from bridges.cpu_backend import zigzag_positions
+from bridges.provider import GPTModelProvider, ensure_process_groups
 
 # Bridges under test that are not registered: set before the ranks are forked, which inherit them.
 INHERITED_BRIDGES: dict[str, type] = {}
@@ -30,10 +31,15 @@ class Current:
     bridge: AutoBridge
     provider: GPTModelProvider
     chunks: list
+    imported: list[torch.Tensor] = field(default_factory=list)  # kept by put_shards, for restore
 
     def keyed_chunks(self) -> list[tuple[str, Any]]:
         """Model chunks under the keys that Megatron's checkpoints use."""
-        return [("model", self.chunks[0])] if len(self.chunks) == 1 else [(f"model{i}", c) for i, c in enumerate(self.chunks)]
+        return (
+            [("model", self.chunks[0])]
+            if len(self.chunks) == 1
+            else [(f"model{i}", c) for i, c in enumerate(self.chunks)]
+        )
 
 
 _current: Current | None = None
@@ -90,8 +96,13 @@ def build(folder: str, layout: Layout, bridge_key: str | None = None) -> Built:
     named = list(global_tensors(chunks))
     unwritten = tuple(n for n, t in named if t.is_floating_point() and bool(t.isnan().any()))
     _, coords = current_layout(provider)
-    return Built(tuple((n, tuple(t.shape), str(t.dtype)) for n, t in named), unwritten, coords,
-                 time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return Built(
+        tuple((n, tuple(t.shape), str(t.dtype)) for n, t in named),
+        unwritten,
+        coords,
+        time.perf_counter() - start,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    )
 
 
 @torch.no_grad()
@@ -105,7 +116,7 @@ def poison(chunks) -> None:
 def activations(input_ids: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]:
     """(coordinates, {module by its place in the whole model: output [batch, local sequence, hidden]}) of this rank."""
     this = current()
-    layout, coords = current_layout(this.provider)
+    _, coords = current_layout(this.provider)
     found: dict[str, list[torch.Tensor]] = {}
 
     def hook(name):
@@ -113,6 +124,7 @@ def activations(input_ids: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]:
             out = output[0] if isinstance(output, tuple) else output
             # A copy: without gradients Megatron adds the residual to this very tensor.
             found.setdefault(name, []).append(out.detach().float().transpose(0, 1).clone())
+
         return save
 
     handles = []
@@ -152,9 +164,15 @@ def forward(input_ids: np.ndarray) -> tuple[Any, np.ndarray | None]:
 
     with torch.no_grad():
         outputs = get_forward_backward_func()(
-            forward_step_func=step, data_iterator=[iter(microbatches) for _ in this.chunks], model=this.chunks,
-            num_microbatches=len(microbatches), seq_length=length, micro_batch_size=microbatches[0].shape[0],
-            forward_only=True, collect_non_loss_data=True)
+            forward_step_func=step,
+            data_iterator=[iter(microbatches) for _ in this.chunks],
+            model=this.chunks,
+            num_microbatches=len(microbatches),
+            seq_length=length,
+            micro_batch_size=microbatches[0].shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
     if coords.pp != layout.pp - 1:
         return coords, None
     return coords, torch.cat([o.float() for o in outputs]).roll(coords.dp, 0).numpy()
@@ -171,7 +189,7 @@ def export(folder: str) -> None:
 Global = dict[str, np.ndarray]
 
 
-def sharded_tensors() -> list[ShardedTensor]:
+def sharded_tensors() -> list[Any]:
     """This rank's tensors as Megatron's own distributed checkpointing describes them: key, global shape, offset."""
     found = []
     for chunk in current().chunks:
@@ -191,7 +209,7 @@ def take_shards() -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarra
     return out
 
 
-def _with_axes(shard: ShardedTensor, data: torch.Tensor) -> torch.Tensor:
+def _with_axes(shard: ShardedTensor, data: Any) -> torch.Tensor:
     return data.reshape((1,) * shard.prepend_axis_num + tuple(data.shape))
 
 
@@ -199,6 +217,7 @@ def put_shards(whole: Global) -> tuple[int, list[str]]:
     """Poison the current model, fill it from another layout's tensors by Megatron's own offsets, and compare with what
     this layout's import had written: (tensors compared, names that differ)."""
     before = [(n, t.detach().clone()) for n, t in global_tensors(current().chunks)]
+    current().imported = [t for _, t in before]
     poison(current().chunks)
     with torch.no_grad():
         for shard in sharded_tensors():
@@ -208,6 +227,16 @@ def put_shards(whole: Global) -> tuple[int, list[str]]:
             piece = torch.from_numpy(source[box])
             view.zero_() if piece.shape != view.shape else None  # rows of vocabulary padding the other layout lacks
             view[tuple(slice(0, n) for n in piece.shape)].copy_(piece)
-    differ = [n for (n, old), (_, new) in zip(before, global_tensors(current().chunks), strict=True)
-              if not torch.equal(old, new)]
+    differ = [
+        n
+        for (n, old), (_, new) in zip(before, global_tensors(current().chunks), strict=True)
+        if not torch.equal(old, new)
+    ]
     return len(before), differ
+
+
+@torch.no_grad()
+def restore() -> None:
+    """Undo `put_shards`: the current model holds this layout's own import again."""
+    for (_, tensor), imported in zip(global_tensors(current().chunks), current().imported, strict=True):
+        tensor.copy_(imported)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,18 +13,21 @@ from harness.compare import relative_rms
 CAUSES = {
     "embedding": "vocabulary rows shifted or padded, tied or scaled embedding",
     "self_attention": "q/k/v order or head grouping, q/k norm, biases, rope base or scaling, window, softmax scale, the norm "
-                      "before attention or its epsilon",
+    "before attention or its epsilon",
     "mlp": "gate/up order, activation, expert order or orientation, router (normalisation, bias, groups, scaling), shared "
-           "expert or its gate, the norm before the block",
+    "expert or its gate, the norm before the block",
     "output": "final norm or its epsilon, output head (tied?), vocabulary order",
 }
-BLOCKS = {"self_attention": ("self_attn", "attention", "linear_attn"), "mlp": ("mlp", "feed_forward", "block_sparse_moe")}
+BLOCKS = {
+    "self_attention": ("self_attn", "attention", "linear_attn"),
+    "mlp": ("mlp", "feed_forward", "block_sparse_moe"),
+}
 
 
 def hf_activations(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """{"embedding", "layers.3.self_attention", "layers.3.mlp", ...: output [batch, sequence, hidden]} of a HF model."""
     found: dict[str, torch.Tensor] = {}
-    base = model.base_model
+    base: Any = model.base_model
     named = {"embedding": base.get_input_embeddings()}
     for i, layer in enumerate(base.layers):
         for block, names in BLOCKS.items():
@@ -34,6 +38,7 @@ def hf_activations(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch
     def hook(name):
         def save(module, args, output):
             found[name] = (output[0] if isinstance(output, tuple) else output).detach().reshape(*ids.shape, -1)
+
         return save
 
     handles = [module.register_forward_hook(hook(name)) for name, module in named.items()]

@@ -79,8 +79,9 @@ class Pool:
         if not failures and not waiting:
             return results
         for rank in waiting.values():
-            failures.setdefault(rank, (f"rank {rank} gave no answer to {function.__name__} in {deadline_s:g} s",
-                                       self._stack(rank)))
+            failures.setdefault(
+                rank, (f"rank {rank} gave no answer to {function.__name__} in {deadline_s:g} s", self._stack(rank))
+            )
         self.close()
         raise _joined(failures, self.world_size)
 
@@ -105,6 +106,7 @@ class Pool:
 
 def _joined(failures: dict[int, tuple[str, str]], world_size: int) -> RankError:
     """The failure that came of itself first: ranks that only lost their peer say less."""
+
     def secondary(item):
         message = item[1][0]
         return any(word in message for word in ("Connection closed", "gave no answer", "Connection reset", "timed out"))

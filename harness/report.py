@@ -111,8 +111,13 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The shape that `verify --json` promises; NaN and infinities as strings, for strict parsers."""
-        data = {"rows": self.rows, "cells": [asdict(c) for c in self.cells], "summary": self.summary(),
-                "environment": self.environment, "speed": self.speed}
+        data = {
+            "rows": self.rows,
+            "cells": [asdict(c) for c in self.cells],
+            "summary": self.summary(),
+            "environment": self.environment,
+            "speed": self.speed,
+        }
         return json.loads(json.dumps(data), parse_constant=str)
 
     @classmethod
@@ -127,6 +132,7 @@ class Report:
 
     def save_html(self, path: str | Path) -> None:
         from harness.html import page  # that module reads this one
+
         _write(Path(path), page(self))
 
 

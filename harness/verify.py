@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+
 import toy_models
 from bridges import Layout, LayoutError, MegatronModelBridge, cpu_substitutions
-
 from harness import jobs, layouts
 from harness.checks import CHECKS, FUNCTIONS, Bench, Outcome, Subject
 from harness.ranks import RankError, Ranks
@@ -26,17 +26,30 @@ from harness.report import Cell, Report
 LIBRARIES = ("goldengate", "torch", "transformers", "megatron-core", "safetensors", "numpy")
 
 
-def verify(row: str, *, bridge: type[MegatronModelBridge] | None = None, layouts: str | Sequence[str] = "quick",
-           checks: Iterable[str] | None = None, folder: str | Path | None = None) -> Report:
+def verify(
+    row: str,
+    *,
+    bridge: type[MegatronModelBridge] | None = None,
+    layouts: str | Sequence[str] = "quick",
+    checks: Iterable[str] | None = None,
+    folder: str | Path | None = None,
+) -> Report:
     """Check one row. `bridge` may be any MegatronModelBridge subclass, `folder` any checkpoint of the row's model: so a
     bridge or a checkpoint, or a deliberately broken one, can be tried without touching a file."""
     return verify_rows([row], bridge=bridge, which=layouts, checks=checks, folder=folder)
 
 
-def verify_rows(rows: Sequence[str], *, which: str | Sequence[str] = "quick", checks: Iterable[str] | None = None,
-                bridge: type[MegatronModelBridge] | None = None, folder: str | Path | None = None,
-                started: Callable[[int], None] = lambda total: None, cell: Callable[[Cell], None] = lambda cell: None,
-                ranks: Ranks | None = None) -> Report:
+def verify_rows(
+    rows: Sequence[str],
+    *,
+    which: str | Sequence[str] = "quick",
+    checks: Iterable[str] | None = None,
+    bridge: type[MegatronModelBridge] | None = None,
+    folder: str | Path | None = None,
+    started: Callable[[int], None] = lambda total: None,
+    cell: Callable[[Cell], None] = lambda cell: None,
+    ranks: Ranks | None = None,
+) -> Report:
     """Check rows in layouts. Layout by layout, so that process groups are made once for all rows.
 
     Raises ValueError for an unknown row, check or layout, and for a golden that is missing or stale.
@@ -66,8 +79,10 @@ def verify_rows(rows: Sequence[str], *, which: str | Sequence[str] = "quick", ch
             if subject.bridge_key and bridge:
                 jobs.INHERITED_BRIDGES[subject.bridge_key] = bridge
             subjects[row] = subject
-        chosen = {row: layouts.choose(which if isinstance(which, str) else list(which), experts=has_experts(row))
-                  for row in rows}
+        chosen = {
+            row: layouts.choose(which if isinstance(which, str) else list(which), experts=has_experts(row))
+            for row in rows
+        }
         order = list(dict.fromkeys(layout for found in chosen.values() for layout in found))
         order.sort(key=lambda layout: (layout.world_size, layout.pp, layout.ep))
         started(sum(map(len, chosen.values())))
@@ -86,8 +101,13 @@ def verify_rows(rows: Sequence[str], *, which: str | Sequence[str] = "quick", ch
             ranks.close()
         torch.set_num_threads(threads)
         shutil.rmtree(scratch, ignore_errors=True)
-    return Report(rows=[describe(row, chosen[row]) for row in rows], cells=cells, environment=environment(),
-                  seconds=time.perf_counter() - begin, speed=speed(cells, seconds))
+    return Report(
+        rows=[describe(row, chosen[row]) for row in rows],
+        cells=cells,
+        environment=environment(),
+        seconds=time.perf_counter() - begin,
+        speed=speed(cells, seconds),
+    )
 
 
 def run_cells(bench: Bench, checks: Sequence[str]) -> tuple[list[Cell], float]:
@@ -96,12 +116,30 @@ def run_cells(bench: Bench, checks: Sequence[str]) -> tuple[list[Cell], float]:
     begin = time.perf_counter()
 
     def made(check: str, outcome: Outcome, took: float) -> Cell:
-        return Cell(row, layout, check, "pass" if outcome.ok else "fail", outcome.value, outcome.limit, outcome.unit,
-                    took, outcome.detail)
+        return Cell(
+            row,
+            layout,
+            check,
+            "pass" if outcome.ok else "fail",
+            outcome.value,
+            outcome.limit,
+            outcome.unit,
+            took,
+            outcome.detail,
+        )
 
     def broken(check: str, error: Exception, took: float) -> Cell:
-        return Cell(row, layout, check, "error", None, None, "", took, f"{type(error).__name__}: {error}"
-                    if not isinstance(error, RankError) else str(error))
+        return Cell(
+            row,
+            layout,
+            check,
+            "error",
+            None,
+            None,
+            "",
+            took,
+            f"{type(error).__name__}: {error}" if not isinstance(error, RankError) else str(error),
+        )
 
     try:
         bench.subject.auto_bridge.to_megatron_provider(load_weights=False).apply_layout(bench.layout).check_layout()
@@ -137,10 +175,13 @@ def mechanisms(row: str) -> list[str]:
     c = toy_models.config_dict(row)
     scaling = c.get("rope_scaling") or {}
     tests = {
-        "MoE": has_experts(row), "shared expert": c.get("shared_expert_intermediate_size"),
-        "square experts": row.endswith("-square"), "tied": c.get("tie_word_embeddings"),
+        "MoE": has_experts(row),
+        "shared expert": c.get("shared_expert_intermediate_size"),
+        "square experts": row.endswith("-square"),
+        "tied": c.get("tie_word_embeddings"),
         "sliding window": c.get("sliding_window") and c.get("use_sliding_window", True),
-        f"rope {scaling.get('rope_type')}": scaling, "layers without rope": c.get("no_rope_layers"),
+        f"rope {scaling.get('rope_type')}": scaling,
+        "layers without rope": c.get("no_rope_layers"),
         "fused on disk": c.get("model_type") == "phi3",
     }
     return ["MoE" if has_experts(row) else "dense", *(name for name, has in tests.items() if has and name != "MoE")]
@@ -148,14 +189,23 @@ def mechanisms(row: str) -> list[str]:
 
 def describe(row: str, chosen: Sequence[Layout]) -> dict:
     config = toy_models.config_dict(row)
-    return {"row": row, "model_type": config["model_type"], "architecture": config["architectures"][0],
-            "mechanisms": mechanisms(row), "reference": f"transformers {config['architectures'][0]}, fp32, eager",
-            "layouts": [str(layout) for layout in chosen]}
+    return {
+        "row": row,
+        "model_type": config["model_type"],
+        "architecture": config["architectures"][0],
+        "mechanisms": mechanisms(row),
+        "reference": f"transformers {config['architectures'][0]}, fp32, eager",
+        "layouts": [str(layout) for layout in chosen],
+    }
 
 
 def environment() -> dict:
-    return {**{name: importlib.metadata.version(name) for name in LIBRARIES}, "python": platform.python_version(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "cores": os.cpu_count()}
+    return {
+        **{name: importlib.metadata.version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cores": os.cpu_count(),
+    }
 
 
 def speed(cells: Sequence[Cell], seconds: dict[int, list[float]]) -> dict:

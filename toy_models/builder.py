@@ -41,9 +41,7 @@ def hf_config(row: str) -> PretrainedConfig:
     return CONFIG_MAPPING[config["model_type"]].from_dict(config)
 
 
-def build(
-    row: str, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "eager"
-) -> PreTrainedModel:
+def build(row: str, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "eager") -> PreTrainedModel:
     """The row's HF model in eval mode, every parameter and persistent buffer random.
 
     The random values are float32, rounded to `dtype` if that is narrower. A mixture of experts runs HF's

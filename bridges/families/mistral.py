@@ -26,5 +26,6 @@ class MixtralBridge(MegatronModelBridge):
     MEGATRON_DEFAULTS = {"moe_router_pre_softmax": False}
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        return MegatronMappingRegistry(*embeddings(), *attention(),
-                                       *moe(block="block_sparse_moe", names=("w1", "w3", "w2")))
+        return MegatronMappingRegistry(
+            *embeddings(), *attention(), *moe(block="block_sparse_moe", names=("w1", "w3", "w2"))
+        )

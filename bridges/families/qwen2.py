@@ -25,5 +25,6 @@ class Qwen2MoeBridge(MegatronModelBridge):
     MEGATRON_DEFAULTS = {"moe_shared_expert_gate": True}
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        return MegatronMappingRegistry(*embeddings(), *attention(), *gated_mlp(),
-                                       *moe(shared="shared_expert", shared_gate="shared_expert_gate"))
+        return MegatronMappingRegistry(
+            *embeddings(), *attention(), *gated_mlp(), *moe(shared="shared_expert", shared_gate="shared_expert_gate")
+        )

@@ -10,8 +10,11 @@ from bridges.model_bridge import MegatronModelBridge
 
 @MegatronModelBridge.register_bridge(source=SeedOssForCausalLM, target=GPTModel, model_type="seed_oss")
 class SeedOssBridge(MegatronModelBridge):
-    CONFIG_MAPPING = [*MegatronModelBridge.CONFIG_MAPPING, ("attention_bias", "add_qkv_bias"),
-                      ("residual_dropout", "hidden_dropout")]
+    CONFIG_MAPPING = [
+        *MegatronModelBridge.CONFIG_MAPPING,
+        ("attention_bias", "add_qkv_bias"),
+        ("residual_dropout", "hidden_dropout"),
+    ]
     HF_FIXED = {"attention_out_bias": False, "mlp_bias": False}
 
     def mapping_registry(self) -> MegatronMappingRegistry:
