@@ -73,6 +73,7 @@ def moe(
     block: str = "mlp",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     router: str = "gate",
+    expert_bias: str | None = None,
     shared: str | None = None,
     shared_gate: str | None = None,
 ) -> list[Mapping]:
@@ -82,6 +83,7 @@ def moe(
     mappings: list[Mapping] = [
         AutoMapping(f"{MEGATRON_LAYER}.pre_mlp_layernorm.weight", f"{layer}.{norm}.weight"),
         AutoMapping(f"{m}.router.weight", f"{b}.{router}.weight"),
+        *([AutoMapping(f"{m}.router.expert_bias", f"{b}.{expert_bias}")] if expert_bias else []),
         GatedMLPMapping(
             f"{m}.experts.linear_fc1.weight*", gate=f"{b}.experts.*.{gate}.weight", up=f"{b}.experts.*.{up}.weight"
         ),

@@ -76,7 +76,7 @@ DTYPE = Rule(
 HEAD_DIM = Rule(  # absent or null means an even share of the hidden size
     ("head_dim",),
     lambda c: {"kv_channels": _get(c, "head_dim", c.hidden_size // c.num_attention_heads)},
-    lambda p: {} if p.kv_channels * p.num_attention_heads == p.hidden_size else {"head_dim": p.kv_channels},
+    lambda p: {} if p.kv_channels in (None, p.hidden_size / p.num_attention_heads) else {"head_dim": p.kv_channels},
 )
 
 
@@ -119,6 +119,51 @@ NORM_TOPK = Rule(  # renormalising the chosen probabilities is softmax over the 
     lambda c: {"moe_router_pre_softmax": not c.norm_topk_prob},
     lambda p: {"norm_topk_prob": not p.moe_router_pre_softmax},
 )
+
+
+FIRST_K_DENSE = Rule(
+    ("first_k_dense_replace", "moe_layer_freq", "mlp_layer_types"),
+    lambda c: {"moe_layer_freq": [int(i >= c.first_k_dense_replace) for i in range(c.num_hidden_layers)]},
+    lambda p: {"first_k_dense_replace": p.moe_layer_freq.index(1), "moe_layer_freq": None},
+)
+
+
+def _groups_to_megatron(config: HF) -> Fields:
+    """One group is no grouping. Megatron scores a group by the sum of its best topk / group_topk experts, the published
+    models by the best two."""
+    groups, chosen, topk = config.n_group, config.topk_group, config.num_experts_per_tok
+    if (groups or 1) == 1:
+        return {}
+    if topk != 2 * chosen:
+        raise ValueError(
+            f"num_experts_per_tok = {topk} with topk_group = {chosen}: Megatron would score a group by its best "
+            f"{topk // chosen} experts, the model by its best 2"
+        )
+    return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
+
+
+GROUPS = Rule(
+    ("n_group", "topk_group"),
+    _groups_to_megatron,
+    lambda p: {"n_group": p.moe_router_num_groups or 1, "topk_group": p.moe_router_group_topk or 1},
+)
+
+SHARED_EXPERTS = Rule(  # shared experts run as one wide expert
+    ("n_shared_experts",),
+    lambda c: (
+        {"moe_shared_expert_intermediate_size": c.n_shared_experts * c.moe_intermediate_size}
+        if c.n_shared_experts
+        else {}
+    ),
+    lambda p: {"n_shared_experts": (p.moe_shared_expert_intermediate_size or 0) // p.moe_ffn_hidden_size},
+)
+
+# Routing by sigmoid with a bias that chooses and does not weigh; probabilities are renormalised and scaled.
+SIGMOID_ROUTER = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_dtype": "fp32",
+}
 
 
 def _moe_layers_to_megatron(config: HF) -> Fields:

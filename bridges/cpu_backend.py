@@ -94,12 +94,13 @@ class LayerNormColumnLinear(ColumnLinear):
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs):
         super().__init__(input_size, output_size, config=config, **kwargs)
+        self.eps = config.layernorm_epsilon
         self.layer_norm_weight = _norm_parameter(config, input_size)
         self.layer_norm_bias = _norm_parameter(config, input_size) if config.normalization == "LayerNorm" else None
 
     def forward(self, x, *args, **kwargs):
         config: Any = self.config
-        x = normalise(x, self.layer_norm_weight, self.layer_norm_bias, config, config.layernorm_epsilon)
+        x = normalise(x, self.layer_norm_weight, self.layer_norm_bias, config, self.eps)
         return super().forward(x, *args, **kwargs)
 
 
@@ -262,7 +263,7 @@ class CoreAttention(torch.nn.Module):
         positions = zigzag_positions(query.size(0), cp.rank(), cp.size())
         key_positions = positions
         if cp.size() > 1:
-            key, value = (torch.cat(_all_gather(x, cp)) for x in (key, value))
+            key, value = (_AllGather.apply(x.contiguous(), cp) for x in (key, value))
             key_positions = torch.cat([zigzag_positions(query.size(0), r, cp.size()) for r in range(cp.size())])
 
         s, b, n, _ = query.shape
@@ -303,10 +304,22 @@ def zigzag_positions(local: int, rank: int, size: int) -> torch.Tensor:
     return torch.cat([torch.arange(first, first + half), torch.arange(last, last + half)])
 
 
-def _all_gather(x: torch.Tensor, group) -> list[torch.Tensor]:
-    from torch.distributed.nn.functional import all_gather
+class _AllGather(torch.autograd.Function):
+    """Every rank's tensor along the first dim. Over gloo the backward of torch's own mistakes ranks of a group for ranks
+    of the world."""
 
-    return list(all_gather(x.contiguous(), group))
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        pieces = [torch.empty_like(x) for _ in range(group.size())]
+        torch.distributed.all_gather(pieces, x, group=group)
+        return torch.cat(pieces)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        whole = grads[0].clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(whole, group=ctx.group)
+        return whole.chunk(ctx.group.size())[ctx.group.rank()], None
 
 
 class CPUSpecProvider(BackendSpecProvider):

@@ -75,7 +75,7 @@ def _numpy_split_sizes(tensor, as_numpy: bool = False, record_stream: bool = Fal
 
 def _megatron_symbols() -> dict[tuple[str, str], Any]:
     """(module, attribute) -> replacement, for Megatron's own look-ups."""
-    from bridges.cpu_backend import CPUSpecProvider, Norm
+    from bridges.cpu_backend import CPUSpecProvider, DuplicatedLinear, Norm
 
     core = "megatron.core"
     return {
@@ -84,6 +84,7 @@ def _megatron_symbols() -> dict[tuple[str, str], Any]:
         (f"{core}.models.gpt.gpt_layer_specs", "TENorm"): Norm,
         (f"{core}.models.gpt.moe_module_specs", "TESpecProvider"): CPUSpecProvider,
         (f"{core}.extensions.transformer_engine_spec_provider", "TESpecProvider"): CPUSpecProvider,
+        (f"{core}.transformer.multi_latent_attention", "TELinear"): DuplicatedLinear,
         (
             f"{core}.tensor_parallel.random",
             "_get_cuda_rng_state",

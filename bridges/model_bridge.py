@@ -59,6 +59,8 @@ class MegatronModelBridge:
         ("attention_dropout", "attention_dropout"),
         ("num_experts", "num_moe_experts"),
         ("num_local_experts", "num_moe_experts"),
+        ("n_routed_experts", "num_moe_experts"),
+        ("routed_scaling_factor", "moe_router_topk_scaling_factor"),
         ("num_experts_per_tok", "moe_router_topk"),
         ("moe_intermediate_size", "moe_ffn_hidden_size"),
         ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
@@ -237,7 +239,6 @@ class MegatronModelBridge:
                 "rope_scaling",
                 "partial_rotary_factor",
                 "head_dim",
-                *cls.HF_FIXED,
             }
             config = {k: v for k, v in config.items() if k in fields}
         return config

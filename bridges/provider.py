@@ -148,7 +148,7 @@ class GPTModelProvider(TransformerConfig):
         """The Megatron-Core configuration; a provider is one itself."""
         return self
 
-    def rope_frequencies(self) -> torch.Tensor:
+    def rope_frequencies(self) -> torch.Tensor | None:
         """Inverse rope frequencies [rotary dim / 2] in fp32."""
         dim = self.kv_channels or self.hidden_size // self.num_attention_heads
         frequencies, factor = inverse_frequencies(
@@ -191,9 +191,9 @@ class GPTModelProvider(TransformerConfig):
             rotary_base=int(self.rotary_base),
             vp_stage=vp_stage,
         )
-        if hasattr(model, "rotary_pos_emb"):
+        if (frequencies := self.rope_frequencies()) is not None:
             model.rotary_pos_emb = Rotary(
-                self.rope_frequencies(), interleaved=self.rotary_interleaved, cp_group=model.pg_collection.cp
+                frequencies, interleaved=self.rotary_interleaved, cp_group=model.pg_collection.cp
             )
         return model
 

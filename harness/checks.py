@@ -100,6 +100,7 @@ class Bench:
         return self.ranks.run(self.layout.world_size, job, *args)
 
     def build(self) -> None:
+        self.ranks.use_for(self.layout)
         _ = self.subject.source_sha  # taken before anything can touch the source
         self.built = self.run(jobs.build, str(self.subject.source.path), self.layout, self.subject.bridge_key)
 
@@ -122,7 +123,7 @@ def check_config(bench: Bench) -> Outcome:
     provider = auto.to_megatron_provider(load_weights=False)
     original, inert = subject.source.config, auto._model_bridge.HF_INERT - {"model_type", "architectures"}
     regenerated = {
-        **{k: v for k, v in original.items() if k in inert},  # token ids and the like are carried over
+        **{k: v for k, v in original.items() if k in inert | set(auto._model_bridge.HF_FIXED)},  # carried over
         **json.loads(json.dumps(type(auto._model_bridge).megatron_to_hf_config(provider))),
     }
     kind = HF_CONFIG_CLASSES[original["model_type"]]

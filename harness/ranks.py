@@ -161,6 +161,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self._pools: dict[int, Pool] = {}
+        self._purpose: object = None
         atexit.register(self.close)
 
     def run(self, world_size: int, function: Callable, *args: Any, deadline_s: float = 120.0) -> list[Any]:
@@ -172,6 +173,13 @@ class Ranks:
         except RankError:
             self._pools.pop(world_size, None)
             raise
+
+    def use_for(self, purpose: object) -> None:
+        """Start with new pools when the purpose (a layout) is another one: gloo's groups keep their threads until the
+        process ends, and a pool that has lived through many layouts has thousands."""
+        if purpose != self._purpose:
+            self.close()
+            self._purpose = purpose
 
     def close(self) -> None:
         for pool in self._pools.values():

@@ -176,7 +176,9 @@ def mechanisms(row: str) -> list[str]:
     scaling = c.get("rope_scaling") or {}
     tests = {
         "MoE": has_experts(row),
-        "shared expert": c.get("shared_expert_intermediate_size"),
+        "shared expert": c.get("shared_expert_intermediate_size") or c.get("n_shared_experts"),
+        "MLA": c.get("kv_lora_rank"),
+        "sigmoid router": c.get("scoring_func") == "sigmoid",
         "square experts": row.endswith("-square"),
         "tied": c.get("tie_word_embeddings"),
         "sliding window": c.get("sliding_window") and c.get("use_sliding_window", True),

@@ -20,9 +20,9 @@ from torch import nn
 # refused: a new family's A_log or conv1d needs a scale of its own, and a wrong one makes a toy blind to it.
 _ROLES = [
     (r"norm\.weight$", 1, "norm"),
-    (r"\.bias$", 1, "bias"),
+    (r"(\.bias|e_score_correction_bias)$", 1, "bias"),
     (r"(^|\.)embed_tokens\.weight$", 2, "embedding"),
-    (r"(_proj|(^|\.)lm_head|(^|\.)gate|_gate)\.weight$", 2, "matrix"),
+    (r"(_proj|_with_mqa|(^|\.)lm_head|(^|\.)gate|_gate)\.weight$", 2, "matrix"),
     (r"\.experts\.(gate_up|down)_proj$", 3, "matrix"),  # fused experts [E, out, in]
 ]
 
