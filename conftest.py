@@ -45,7 +45,7 @@ def pytest_generate_tests(metafunc):
     import toy_models
     from harness.checks import CHECKS
     from harness.layouts import choose
-    from harness.verify import has_experts
+    from harness.sweep import has_experts
 
     config = metafunc.config
     which = _words(config.getoption("--layouts")) or ["quick"]
@@ -70,7 +70,7 @@ def ranks():
 
     from bridges import cpu_substitutions
     from harness.ranks import Ranks
-    from harness.verify import quiet
+    from harness.sweep import quiet
 
     quiet()
     if not torch.cuda.is_available():

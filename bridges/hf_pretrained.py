@@ -98,7 +98,7 @@ def load_config(raw: dict[str, Any], path: Path, trusted: bool) -> PreTrainedCon
     except ConfigError:
         raise
     except Exception as error:  # transformers' strict configs raise their own kinds
-        raise ConfigError(f"{path}/config.json: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"{path}/config.json: {' '.join(str(error).split())}") from error
 
 
 def _hub_folder(repo: str) -> Path:

@@ -114,13 +114,11 @@ class ColumnParallelMapping(Mapping):
     """Rows cut evenly over tensor parallel."""
 
     def __init__(self, megatron_param: str, hf_param: str):
-        view = (
-            "o -> o ; ;"
-            if megatron_param.rstrip("0123456789*").endswith((".bias", "softmax_offset"))
-            else "o i -> o ; ; i"
-        )
+        vector = megatron_param.rstrip("0123456789*").endswith((".bias", "softmax_offset"))
         vocab = megatron_param.endswith(("word_embeddings.weight", "output_layer.weight"))
-        super().__init__(megatron_param, (Part(hf_param, view),), padded=vocab)
+        view = "v i -> v ; ; i" if vocab else "o -> o ; ;" if vector else "o i -> o ; ; i"
+        sizes: dict[str, int | str] = {"v": "vocab_size"} if vocab else {}  # Megatron may hold more rows, HF may not
+        super().__init__(megatron_param, (Part(hf_param, view),), padded=vocab, sizes=sizes)
 
 
 class RowParallelMapping(Mapping):

@@ -41,7 +41,7 @@ class MLAModelProvider(GPTModelProvider, MLATransformerConfig):  # type: ignore[
         if self.latent_norm_epsilon is not None:
             for name, module in model.named_modules():
                 if name.endswith((".linear_q_up_proj", ".linear_kv_up_proj")):
-                    module.eps = self.latent_norm_epsilon
+                    module.eps = self.latent_norm_epsilon  # type: ignore[assignment]
         return model
 
     def rope_frequencies(self) -> torch.Tensor | None:

@@ -80,7 +80,8 @@ def copies(
     try:
         boxes = _boxes(key, tuple(shapes), symbols, shard, tuple(local_shape), mapping.padded)
     except ViewError as error:
-        raise PlanError(f"{' + '.join(dict.fromkeys(p.hf for p in parts))} as Megatron's {name}: {error}") from None
+        wrong = parts if error.part is None else [parts[error.part]]
+        raise PlanError(f"{' + '.join(dict.fromkeys(p.hf for p in wrong))} as Megatron's {name}: {error}") from None
     return [Copy(name, mbox, parts[p].hf, hbox) for p, mbox, hbox in boxes]
 
 
@@ -92,10 +93,13 @@ def _boxes(parts, shapes, symbols, shard, local_shape, padded) -> tuple[tuple[in
         box = Box(0, (math.prod(local_shape),), (1,))
         return ((0, box, box),)
     known = dict(symbols)
-    bound = [
-        bind(parse(view), shape, {s: known[s] for s in known if s in _symbols(view)}, dict(index))
-        for (view, index), shape in zip(parts, shapes, strict=True)
-    ]
+    bound = []
+    for part, ((view, index), shape) in enumerate(zip(parts, shapes, strict=True)):
+        try:
+            bound.append(bind(parse(view), shape, {s: known[s] for s in known if s in _symbols(view)}, dict(index)))
+        except ViewError as error:
+            error.part = part
+            raise
     rest = [size for size, _ in bound[0].rest]
     for other in bound[1:]:
         if [s for s, _ in other.rest] != rest or other.shard_size != bound[0].shard_size:

@@ -22,6 +22,8 @@ from functools import cache, lru_cache
 class ViewError(ValueError):
     """An expression that cannot be read, or a tensor shape that does not fit it."""
 
+    part: int | None = None  # which of a mapping's tensors, where there are several
+
 
 @dataclass(frozen=True)
 class Segments:

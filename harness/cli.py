@@ -52,7 +52,7 @@ def families(json_file: JsonOption = None) -> None:
     import toy_models
     from harness import goldens
     from harness.layouts import choose
-    from harness.verify import describe, has_experts
+    from harness.sweep import describe, has_experts
 
     rows = [
         {**describe(row, choose("full", experts=has_experts(row))), "golden": row in goldens.list_goldens()}
@@ -89,7 +89,7 @@ def verify(
     import toy_models
     from harness import goldens
     from harness.report import ProgressPrinter, print_table
-    from harness.verify import verify_rows
+    from harness.sweep import verify_rows
 
     chosen = rows or toy_models.rows()
     for row in chosen:

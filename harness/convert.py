@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import resource
 import shutil
 import tempfile
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -20,7 +23,7 @@ from bridges.checkpoint import Checkpoint, same_bytes
 from bridges.provider import ensure_process_groups
 from harness import jobs
 from harness.ranks import Ranks
-from harness.verify import quiet
+from harness.sweep import quiet
 
 DEADLINE_S = 24 * 3600.0
 MAX_RANKS = 64  # forked ranks on one machine
@@ -30,12 +33,16 @@ _counter = None  # shared by the forked ranks: parameters done
 
 def roundtrip(source: Path, layout_text: str, target: Path | None, trust: bool | None) -> dict[str, Any]:
     """Import and export; returns seconds, bytes, each rank's peak memory and the differences (none when exact)."""
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is not a folder: give a Hugging Face checkpoint")
+    if target is not None:
+        _must_be_new(target)
     scratch = Path(tempfile.mkdtemp(prefix="goldengate-", dir=source.parent if target is None else None))
     out = target or scratch / "exported"
     try:
         with _Conversion(source, layout_text, trust) as conversion:
             took = conversion.run("import", _import)
-            wrote = conversion.run("export", _export, str(out))
+            wrote = conversion.export(out)
             memory = conversion.memory()
         start = time.perf_counter()
         with Checkpoint.open(source) as a, Checkpoint.open(out) as b:
@@ -61,6 +68,8 @@ def import_checkpoint(source: Path, target: Path, layout_text: str, trust: bool 
     _must_be_new(target)
     with _Conversion(source, layout_text, trust) as conversion:
         took = conversion.run("import", _import)
+        if (free := shutil.disk_usage(target.parent).free) < conversion.nbytes:
+            raise CheckpointError(f"{target} takes {conversion.nbytes} bytes, {free} are free; make room")
         part = target.with_name(f".{target.name}.partial")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
@@ -87,7 +96,7 @@ def export_checkpoint(
     _must_be_new(target)
     with _Conversion(reference, layout_text, trust) as conversion:
         took = conversion.run("load", _load, str(source))
-        wrote = conversion.run("export", _export, str(target))
+        wrote = conversion.export(target)
         return {
             "layout": str(conversion.layout),
             "bytes": conversion.nbytes,
@@ -102,8 +111,6 @@ def _must_be_new(target: Path) -> None:
         raise CheckpointError(f"{target} is not empty: empty it or choose another folder")
     if not target.parent.is_dir():
         raise CheckpointError(f"{target.parent} is not a folder: make it before writing {target.name}")
-    if target.is_dir():
-        target.rmdir()
 
 
 class _Conversion:
@@ -160,6 +167,19 @@ class _Conversion:
                 watcher.join()
                 bar.update(task, completed=counter.value)
         return time.perf_counter() - start
+
+    def export(self, target: Path) -> float:
+        """`run` the export; when it fails `target` is as it was, also when a rank was killed and could not tidy up."""
+        existed = target.exists()
+        try:
+            return self.run("export", _export, str(target))
+        except BaseException:
+            for file in target.glob(".*.partial"):
+                file.unlink(missing_ok=True)
+            if not existed:
+                with contextlib.suppress(OSError):
+                    target.rmdir()
+            raise
 
     def memory(self) -> list[dict[str, float]]:
         return self.ranks.run(self.layout.world_size, _memory)
@@ -230,15 +250,30 @@ def _save(target: str) -> None:
 
     # Its writers are threads of this rank; Megatron would start a manager process, which imports the program once more.
     filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
-    dist_checkpointing.save(_sharded_state(), target, validate_access_integrity=False)
+    logging.getLogger("megatron").setLevel(logging.CRITICAL)  # what it logs as an error it raises as well
+    with _reason(f"cannot write {target}"):
+        dist_checkpointing.save(_sharded_state(), target, validate_access_integrity=False)
 
 
 def _load(source: str) -> None:
     from megatron.core import dist_checkpointing
 
-    state: Any = dist_checkpointing.load(_sharded_state(), source)
+    with _reason(f"cannot load {source} as this model"):
+        state: Any = dist_checkpointing.load(_sharded_state(), source)
     for key, chunk in jobs.current().keyed_chunks():
         chunk.load_state_dict(state[key], strict=False)
+
+
+@contextlib.contextmanager
+def _reason(what: str):
+    """An error of Megatron's checkpoints says which ranks failed; why they did is inside."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))
+        raise CheckpointError(f"{what}: {textwrap.shorten(str(first), 200)}") from error
 
 
 def _sharded_state() -> dict[str, Any]:

@@ -33,18 +33,14 @@ def checkpoint_tensors(draw: st.DrawFn) -> torch.Tensor:
     if count == 0:
         return torch.empty(shape, dtype=dtype)
     nbytes = count * dtype.itemsize
-    content = torch.frombuffer(
-        bytearray(draw(st.binary(min_size=nbytes, max_size=nbytes))), dtype=torch.uint8
-    )
+    content = torch.frombuffer(bytearray(draw(st.binary(min_size=nbytes, max_size=nbytes))), dtype=torch.uint8)
     return (content & 1 if dtype == torch.bool else content).view(dtype).view(shape)
 
 
 @st.composite
 def checkpoint_files(draw: st.DrawFn) -> dict[str, dict[str, torch.Tensor]]:
     """{file: {tensor name: tensor}}, 1 to 3 files with Hugging Face's names, any Unicode in the tensors'."""
-    names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
-        lambda name: name != "__metadata__"
-    )
+    names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
     tensors = draw(st.dictionaries(names, checkpoint_tensors(), min_size=1, max_size=8))
     count = draw(st.integers(1, min(3, len(tensors))))
     if count == 1:
@@ -143,8 +139,16 @@ def _vocabulary(draw, dims) -> Conversion:
     multiple = draw(st.sampled_from([1, 4, 16]))
     name = "embedding.word_embeddings.weight"
     padded = -(-vocab // multiple) * multiple
-    return Conversion("vocabulary", ColumnParallelMapping(name, "embed"), (name,), {"embed": (vocab, h)},
-                      (padded, h), {}, dims, (1, 2, 3, 4, 8))
+    return Conversion(
+        "vocabulary",
+        ColumnParallelMapping(name, "embed"),
+        (name,),
+        {"embed": (vocab, h)},
+        (padded, h),
+        {},
+        dims,
+        (1, 2, 3, 4, 8),
+    )
 
 
 def _experts(draw, dims, which) -> Conversion:
@@ -176,17 +180,21 @@ def _packed(draw, dims) -> Conversion:
     """Gated DeltaNet as Qwen3-Next packs it: per key head q, k, then v and z of its r value heads; b and a apart."""
     t, k, d, r, e, h = (dims[s] for s in ("t", "g", "d", "n", "e", "h"))
     heads = t * k
-    qkvz = [" | ".join(("*" if i == pick else "") + w for i, w in enumerate(("d", "d", "r e", "r e")))
-            for pick in range(4)]
+    qkvz = [
+        " | ".join(("*" if i == pick else "") + w for i, w in enumerate(("d", "d", "r e", "r e"))) for pick in range(4)
+    ]
     ba = ["*r | r", "r | *r"]
     features = ["k d", "k d", "k r e", "k r e", "k r", "k r"]
-    parts = tuple(Part(source, f"(t k [{segments}]) h -> t ; {feature} ; h") for source, segments, feature in
-                  zip(["qkvz"] * 4 + ["ba"] * 2, qkvz + ba, features, strict=True))
+    parts = tuple(
+        Part(source, f"(t k [{segments}]) h -> t ; {feature} ; h")
+        for source, segments, feature in zip(["qkvz"] * 4 + ["ba"] * 2, qkvz + ba, features, strict=True)
+    )
     name = "decoder.layers.0.self_attention.in_proj.weight"
     shapes = {"qkvz": (heads * 2 * (d + r * e), h), "ba": (heads * 2 * r, h)}
     rows = shapes["qkvz"][0] + shapes["ba"][0]
-    return Conversion("packed", Mapping(name, parts), (name,), shapes, (rows, h), {"d": d, "r": r, "e": e}, dims,
-                      divisors(heads))
+    return Conversion(
+        "packed", Mapping(name, parts), (name,), shapes, (rows, h), {"d": d, "r": r, "e": e}, dims, divisors(heads)
+    )
 
 
 _KINDS = {
@@ -197,7 +205,8 @@ _KINDS = {
     "one": lambda draw, dims: _one(draw, dims, draw(st.sampled_from(["column", "column bias", "row", "replicated"]))),
     "vocabulary": _vocabulary,
     "experts": lambda draw, dims: _experts(
-        draw, dims, draw(st.sampled_from(["rows", "columns", "interleaved", "down", "apart"]))),
+        draw, dims, draw(st.sampled_from(["rows", "columns", "interleaved", "down", "apart"]))
+    ),
     "packed": _packed,
 }
 CONVERSIONS = tuple(_KINDS)
@@ -206,6 +215,8 @@ CONVERSIONS = tuple(_KINDS)
 @st.composite
 def conversions(draw: st.DrawFn, kind: str) -> Conversion:
     """A conversion of one of the CONVERSIONS, its dims random: also one group, one head, one channel."""
-    dims = {symbol: draw(st.integers(1, most)) for symbol, most in
-            {"g": 6, "n": 4, "d": 4, "h": 4, "f": 3, "e": 3, "t": 4}.items()}
+    dims = {
+        symbol: draw(st.integers(1, most))
+        for symbol, most in {"g": 6, "n": 4, "d": 4, "h": 4, "f": 3, "e": 3, "t": 4}.items()
+    }
     return _KINDS[kind](draw, dims)

@@ -1,6 +1,7 @@
 """Every row in every chosen layout: `pytest -k 'qwen3_moe and ep2'`, `pytest --row phi3 --layouts full`."""
 
 import pytest
+
 from bridges import LayoutError
 from harness.checks import FUNCTIONS, Bench, Subject
 

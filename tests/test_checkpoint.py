@@ -69,9 +69,7 @@ def save_one(folder: Path) -> Path:
 
 def save_two(folder: Path) -> Path:
     """A good folder of two shards: a and b in the first, c in the second."""
-    return save_folder(
-        folder, {ONE: {"a": torch.randn(4, 3), "b": torch.ones(2)}, TWO: {"c": torch.randn(3)}}
-    )
+    return save_folder(folder, {ONE: {"a": torch.randn(4, 3), "b": torch.ones(2)}, TWO: {"c": torch.randn(3)}})
 
 
 def raw(header: object, data: bytes = b"") -> bytes:
@@ -83,17 +81,12 @@ def raw(header: object, data: bytes = b"") -> bytes:
 def plan_of(checkpoint: Checkpoint) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
     """What a writer needs to lay out the same files."""
     tensors = checkpoint.tensors
-    return {
-        file: {n: (tensors[n].dtype, tensors[n].shape) for n in names}
-        for file, names in checkpoint.files.items()
-    }
+    return {file: {n: (tensors[n].dtype, tensors[n].shape) for n in names} for file, names in checkpoint.files.items()}
 
 
 def write_folder(folder: Path, files: dict[str, dict[str, torch.Tensor]], **options) -> None:
     """Write `files` with our writer, in one process."""
-    plan = {
-        file: {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} for file, tensors in files.items()
-    }
+    plan = {file: {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} for file, tensors in files.items()}
     writer = CheckpointWriter(folder, plan, **options)
     writer.create()
     writer.open()
@@ -124,9 +117,7 @@ def test_reads_what_the_library_wrote(tmp_path):
     """Every dtype, 0-dim and empty tensors included, has the bits that the library's own loader gives."""
     folder = save_folder(tmp_path / "x", {SINGLE_FILE: all_dtypes()})
     with Checkpoint.open(folder) as checkpoint:
-        assert_equal(
-            {name: checkpoint.view(name) for name in checkpoint.tensors}, load_file(folder / SINGLE_FILE)
-        )
+        assert_equal({name: checkpoint.view(name) for name in checkpoint.tensors}, load_file(folder / SINGLE_FILE))
         assert checkpoint.config == {"model_type": "toy"}
         assert checkpoint.metadata == {SINGLE_FILE: {"format": "pt"}}
         assert not checkpoint.has_index
@@ -264,9 +255,7 @@ def test_hub_cache_links_are_followed(tmp_path):
 
 def replace(file: str, content: bytes | str) -> Callable[[Path], object]:
     """A breakage: the file holds this instead."""
-    return lambda folder: (folder / file).write_bytes(
-        content if isinstance(content, bytes) else content.encode()
-    )
+    return lambda folder: (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def cut(file: str, count: int) -> Callable[[Path], None]:
@@ -603,9 +592,7 @@ def test_nothing_is_readable_before_commit(tmp_path):
     with pytest.raises(CheckpointError, match="has neither"):
         Checkpoint.open(tmp_path / "x")
     (tmp_path / "x" / "config.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"is not empty \(\.model-0000.*partial\): empty it or choose another"
-    ):
+    with pytest.raises(CheckpointError, match=r"is not empty \(\.model-0000.*partial\): empty it or choose another"):
         CheckpointWriter(tmp_path / "x", plan).create()
 
 
@@ -643,9 +630,7 @@ def test_abort_removes_what_was_created(tmp_path, monkeypatch):
     writer = CheckpointWriter(tmp_path / "new", plan, index=True)
     writer.create()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            writer, "_index_text", lambda: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
-        )
+        patch.setattr(writer, "_index_text", lambda: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
         with pytest.raises(CheckpointError, match=r"cannot complete .*Input/output error.*abort\(\) removes"):
             writer.commit({"config.json": "{}"})
     assert (tmp_path / "new" / SINGLE_FILE).exists()
@@ -677,9 +662,7 @@ def test_full_disk(tmp_path):
     plan = {file: {file: (torch.uint8, (200 * 1024,))} for file in (ONE, TWO)}
     with small_disk(tmp_path / "disk", 256) as disk:
         writer = CheckpointWriter(disk / "x", plan)
-        message = (
-            rf"cannot reserve {writer.total_bytes} bytes in .*No space left on device, {256 * 1024} bytes are"
-        )
+        message = rf"cannot reserve {writer.total_bytes} bytes in .*No space left on device, {256 * 1024} bytes are"
         with pytest.raises(CheckpointError, match=message):
             writer.create()
         assert not os.listdir(disk)
@@ -693,9 +676,7 @@ def test_full_disk_simulated(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     writer = CheckpointWriter(tmp_path / "x", {SINGLE_FILE: {"a": (torch.uint8, (10,))}})
-    with pytest.raises(
-        CheckpointError, match=rf"cannot reserve {writer.total_bytes} bytes .*No space left on device"
-    ):
+    with pytest.raises(CheckpointError, match=rf"cannot reserve {writer.total_bytes} bytes .*No space left on device"):
         writer.create()
     assert not (tmp_path / "x").exists()
 

@@ -121,8 +121,16 @@ def qkv_case(groups: int) -> Conversion:
     """Four heads of four channels a group: 24 rows for each."""
     mapping = QKVMapping("self_attention.linear_qkv.weight", q="q", k="k", v="v")
     shapes = {"q": (groups * 16, 3), "k": (groups * 4, 3), "v": (groups * 4, 3)}
-    return Conversion("qkv", mapping, ("self_attention.linear_qkv.weight",), shapes, (groups * 24, 3),
-                      {"g": groups, "n": 4, "d": 4}, {"g": groups, "n": 4, "d": 4}, (1, 2, 4, 8))
+    return Conversion(
+        "qkv",
+        mapping,
+        ("self_attention.linear_qkv.weight",),
+        shapes,
+        (groups * 24, 3),
+        {"g": groups, "n": 4, "d": 4},
+        {"g": groups, "n": 4, "d": 4},
+        (1, 2, 4, 8),
+    )
 
 
 @pytest.mark.parametrize("kind", CONVERSIONS)
@@ -163,8 +171,10 @@ def test_invert(kind, data):
             assert case.mapping.padded or len(written) == math.prod(shape)
         assert read == Counter((name, i) for name, tensor in hf.items() for i in range(tensor.numel()))
 
-        coverage = prove(case.hf_shapes, [(name, shape, plan, case.mapping.padded)
-                                          for (name, _), (shape, plan) in plans(case, tp).items()])
+        coverage = prove(
+            case.hf_shapes,
+            [(name, shape, plan, case.mapping.padded) for (name, _), (shape, plan) in plans(case, tp).items()],
+        )
         assert coverage.ok, coverage.errors
         assert coverage.hf_elements == len(read)
         assert coverage.megatron_elements == sum(math.prod(shape) for shape, _ in plans(case, tp).values())
@@ -197,27 +207,33 @@ def test_above_the_query_groups_ranks_hold_even_cuts_of_the_fused_rows(groups, t
 def test_a_gated_weight_is_cut_before_it_is_joined(tp):
     """At TP the shards are not cuts of the fused rows at TP1: each holds its rows of gate, then its rows of up."""
     mapping = GatedMLPMapping("mlp.linear_fc1.weight", gate="gate", up="up")
-    case = Conversion("gated", mapping, ("mlp.linear_fc1.weight",), {"gate": (16, 3), "up": (16, 3)}, (32, 3), {}, {}, ())
+    case = Conversion(
+        "gated", mapping, ("mlp.linear_fc1.weight",), {"gate": (16, 3), "up": (16, 3)}, (32, 3), {}, {}, ()
+    )
     hf = hf_tensors(case)
     many = imported(case, tp, hf)
     assert not torch.equal(torch.cat(list(many.values())), *imported(case, 1, hf).values())
     for rank in range(tp):
-        assert torch.equal(many["mlp.linear_fc1.weight", rank],
-                           torch.cat([hf["gate"].chunk(tp)[rank], hf["up"].chunk(tp)[rank]]))
+        assert torch.equal(
+            many["mlp.linear_fc1.weight", rank], torch.cat([hf["gate"].chunk(tp)[rank], hf["up"].chunk(tp)[rank]])
+        )
 
 
 # -- errors of a plan --------------------------------------------------------------------------------------------------
 
-QKV = QKVMapping("decoder.layers.*.self_attention.linear_qkv.weight",
-                 q="model.layers.*.self_attn.q_proj.weight", k="model.layers.*.self_attn.k_proj.weight",
-                 v="model.layers.*.self_attn.v_proj.weight")
+QKV = QKVMapping(
+    "decoder.layers.*.self_attention.linear_qkv.weight",
+    q="model.layers.*.self_attn.q_proj.weight",
+    k="model.layers.*.self_attn.k_proj.weight",
+    v="model.layers.*.self_attn.v_proj.weight",
+)
 QKV_NAME = "decoder.layers.3.self_attention.linear_qkv.weight"
 QKV_SHAPES = {f"model.layers.3.self_attn.{p}_proj.weight": (rows, 24) for p, rows in (("q", 64), ("k", 32), ("v", 32))}
 
 
-def qkv_copies(shapes=QKV_SHAPES, shape=(128, 24), shard=Shard(0, 1)) -> list[Copy]:
+def qkv_copies(shapes=QKV_SHAPES, shape=(128, 24), rank=0, size=1) -> list[Copy]:
     mapping, parts = MegatronMappingRegistry(QKV).megatron_to_hf_lookup(QKV_NAME)
-    return copies(QKV_NAME, mapping, parts, shapes, {"g": 2, "n": 2, "d": 16}, shard, shape)
+    return copies(QKV_NAME, mapping, parts, shapes, {"g": 2, "n": 2, "d": 16}, Shard(rank, size), shape)
 
 
 def test_a_missing_tensor_is_named_with_the_nearest_that_is_there():
@@ -249,7 +265,7 @@ def test_parts_that_do_not_fit_each_other_are_refused():
 def test_a_megatron_parameter_of_another_shape_is_refused():
     """The rows that the ranks should hold are in the message."""
     with pytest.raises(PlanError, match=r"128 rows over 2 ranks make 64 x \(24,\) each; Megatron holds \(32, 24\)"):
-        qkv_copies(shape=(32, 24), shard=Shard(0, 2))
+        qkv_copies(shape=(32, 24), size=2)
 
 
 # -- the proof catches every wrong plan ----------------------------------------------------------------------------------
@@ -307,7 +323,10 @@ def test_swapped_rows_within_a_tensor_are_no_gap():
     """The proof counts, it does not know what belongs where: that is for the oracle and for the logits."""
     plan = qkv_copies()
     k, v = plan[1], plan[2]
-    plan[1:] = [dataclasses.replace(k, megatron_box=v.megatron_box), dataclasses.replace(v, megatron_box=k.megatron_box)]
+    plan[1:] = [
+        dataclasses.replace(k, megatron_box=v.megatron_box),
+        dataclasses.replace(v, megatron_box=k.megatron_box),
+    ]
     assert proof(plan).ok
 
 
@@ -319,9 +338,16 @@ def test_nothing_counted_is_no_proof():
 @given(st.integers(1, 40), st.sampled_from([1, 4, 16, 64]), st.sampled_from([1, 2, 4, 8]))
 def test_ranks_that_hold_nothing_but_padding_are_fine(vocab, multiple, tp):
     """A small vocabulary padded far: the last ranks have no row of it, and the proof still holds."""
-    case = Conversion("vocabulary", next(m for m in LlamaBridge().mapping_registry() if m.padded),
-                      ("embedding.word_embeddings.weight",), {"model.embed_tokens.weight": (vocab, 2)},
-                      (-(-vocab // (multiple * tp)) * multiple * tp, 2), {}, {"h": 2}, (tp,))
+    case = Conversion(
+        "vocabulary",
+        next(m for m in LlamaBridge().mapping_registry() if m.padded),
+        ("embedding.word_embeddings.weight",),
+        {"model.embed_tokens.weight": (vocab, 2)},
+        (-(-vocab // (multiple * tp)) * multiple * tp, 2),
+        {},
+        {"h": 2},
+        (tp,),
+    )
     shards = plans(case, tp)
     coverage = prove(case.hf_shapes, [(n, shape, plan, True) for (n, _), (shape, plan) in shards.items()])
     assert coverage.ok, coverage.errors
@@ -331,61 +357,106 @@ def test_ranks_that_hold_nothing_but_padding_are_fine(vocab, multiple, tp):
 # -- far larger than the machine -----------------------------------------------------------------------------------------
 
 # Published configs: meta-llama/Llama-3.1-405B and Qwen/Qwen3-235B-A22B.
-LLAMA_405B = SimpleNamespace(num_layers=126, hidden=16384, heads=128, num_query_groups=8, kv_channels=128, ffn=53248,
-                             vocab=128256, heads_per_group=16, experts=0, qk_norm=False)
-QWEN3_235B = SimpleNamespace(num_layers=94, hidden=4096, heads=64, num_query_groups=4, kv_channels=128, ffn=1536,
-                             vocab=151936, heads_per_group=16, experts=128, qk_norm=True)
+LLAMA_405B = SimpleNamespace(
+    num_layers=126,
+    hidden=16384,
+    heads=128,
+    num_query_groups=8,
+    kv_channels=128,
+    ffn=53248,
+    vocab=128256,
+    heads_per_group=16,
+    experts=0,
+    qk_norm=False,
+)
+QWEN3_235B = SimpleNamespace(
+    num_layers=94,
+    hidden=4096,
+    heads=64,
+    num_query_groups=4,
+    kv_channels=128,
+    ffn=1536,
+    vocab=151936,
+    heads_per_group=16,
+    experts=128,
+    qk_norm=True,
+)
 
 
 def hf_shapes_of(c) -> dict[str, tuple[int, ...]]:
     """Every tensor of the published checkpoint, by formula."""
     q, kv = c.heads * c.kv_channels, c.num_query_groups * c.kv_channels
-    shapes = {"model.embed_tokens.weight": (c.vocab, c.hidden), "model.norm.weight": (c.hidden,),
-              "lm_head.weight": (c.vocab, c.hidden)}
+    shapes = {
+        "model.embed_tokens.weight": (c.vocab, c.hidden),
+        "model.norm.weight": (c.hidden,),
+        "lm_head.weight": (c.vocab, c.hidden),
+    }
     for layer in range(c.num_layers):
         p = f"model.layers.{layer}."
-        shapes |= {p + "input_layernorm.weight": (c.hidden,), p + "post_attention_layernorm.weight": (c.hidden,),
-                   p + "self_attn.q_proj.weight": (q, c.hidden), p + "self_attn.k_proj.weight": (kv, c.hidden),
-                   p + "self_attn.v_proj.weight": (kv, c.hidden), p + "self_attn.o_proj.weight": (c.hidden, q)}
+        shapes |= {
+            p + "input_layernorm.weight": (c.hidden,),
+            p + "post_attention_layernorm.weight": (c.hidden,),
+            p + "self_attn.q_proj.weight": (q, c.hidden),
+            p + "self_attn.k_proj.weight": (kv, c.hidden),
+            p + "self_attn.v_proj.weight": (kv, c.hidden),
+            p + "self_attn.o_proj.weight": (c.hidden, q),
+        }
         if c.qk_norm:
             shapes |= {p + f"self_attn.{x}_norm.weight": (c.kv_channels,) for x in "qk"}
         if c.experts:
             shapes[p + "mlp.gate.weight"] = (c.experts, c.hidden)
         for mlp in [f"mlp.experts.{e}." for e in range(c.experts)] or ["mlp."]:
-            shapes |= {p + mlp + "gate_proj.weight": (c.ffn, c.hidden), p + mlp + "up_proj.weight": (c.ffn, c.hidden),
-                       p + mlp + "down_proj.weight": (c.hidden, c.ffn)}
+            shapes |= {
+                p + mlp + "gate_proj.weight": (c.ffn, c.hidden),
+                p + mlp + "up_proj.weight": (c.ffn, c.hidden),
+                p + mlp + "down_proj.weight": (c.hidden, c.ffn),
+            }
     return shapes
 
 
 def parameters_of(c) -> list[Parameter]:
     """Every parameter of Megatron's model on one rank, by formula."""
     q, kv = c.heads * c.kv_channels, c.num_query_groups * c.kv_channels
-    shapes = {"embedding.word_embeddings.weight": (c.vocab, c.hidden), "decoder.final_layernorm.weight": (c.hidden,),
-              "output_layer.weight": (c.vocab, c.hidden)}
+    shapes = {
+        "embedding.word_embeddings.weight": (c.vocab, c.hidden),
+        "decoder.final_layernorm.weight": (c.hidden,),
+        "output_layer.weight": (c.vocab, c.hidden),
+    }
     for layer in range(c.num_layers):
         p = f"decoder.layers.{layer}."
-        shapes |= {p + "self_attention.linear_qkv.layer_norm_weight": (c.hidden,),
-                   p + "self_attention.linear_qkv.weight": (q + 2 * kv, c.hidden),
-                   p + "self_attention.linear_proj.weight": (c.hidden, q)}
+        shapes |= {
+            p + "self_attention.linear_qkv.layer_norm_weight": (c.hidden,),
+            p + "self_attention.linear_qkv.weight": (q + 2 * kv, c.hidden),
+            p + "self_attention.linear_proj.weight": (c.hidden, q),
+        }
         if c.qk_norm:
             shapes |= {p + f"self_attention.{x}_layernorm.weight": (c.kv_channels,) for x in "qk"}
         if c.experts:
             shapes |= {p + "pre_mlp_layernorm.weight": (c.hidden,), p + "mlp.router.weight": (c.experts, c.hidden)}
             for e in range(c.experts):
-                shapes |= {p + f"mlp.experts.linear_fc1.weight{e}": (2 * c.ffn, c.hidden),
-                           p + f"mlp.experts.linear_fc2.weight{e}": (c.hidden, c.ffn)}
+                shapes |= {
+                    p + f"mlp.experts.linear_fc1.weight{e}": (2 * c.ffn, c.hidden),
+                    p + f"mlp.experts.linear_fc2.weight{e}": (c.hidden, c.ffn),
+                }
         else:
-            shapes |= {p + "mlp.linear_fc1.layer_norm_weight": (c.hidden,),
-                       p + "mlp.linear_fc1.weight": (2 * c.ffn, c.hidden), p + "mlp.linear_fc2.weight": (c.hidden, c.ffn)}
+            shapes |= {
+                p + "mlp.linear_fc1.layer_norm_weight": (c.hidden,),
+                p + "mlp.linear_fc1.weight": (2 * c.ffn, c.hidden),
+                p + "mlp.linear_fc2.weight": (c.hidden, c.ffn),
+            }
     return [Parameter(name, shape) for name, shape in shapes.items()]
 
 
-@pytest.mark.parametrize(("config", "bridge", "layout", "billions"), [
-    (LLAMA_405B, LlamaBridge, "tp8-pp16-cp2-sp", 405.9),
-    (LLAMA_405B, LlamaBridge, "tp16-pp16", 405.9),
-    (QWEN3_235B, Qwen3MoeBridge, "tp8-pp16-ep16-etp4", 235.1),
-    (QWEN3_235B, Qwen3MoeBridge, "tp4-pp8-ep64-etp1", 235.1),
-], ids=lambda value: value if isinstance(value, str) else None)
+@pytest.mark.parametrize(
+    ("config", "bridge", "layout", "billions"),
+    [
+        (LLAMA_405B, LlamaBridge, "tp8-pp16-cp2-sp", 405.9),
+        (LLAMA_405B, LlamaBridge, "tp16-pp16", 405.9),
+        (QWEN3_235B, Qwen3MoeBridge, "tp8-pp16-ep16-etp4", 235.1),
+        (QWEN3_235B, Qwen3MoeBridge, "tp4-pp8-ep64-etp1", 235.1),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
 def test_models_of_published_size_are_proven_from_shapes_alone(config, bridge, layout, billions):
     """Every element of every tensor exactly once, in layouts of hundreds of ranks (TP above the groups among them). The
     elements counted are the parameters that the model's card gives."""
@@ -397,32 +468,54 @@ def test_models_of_published_size_are_proven_from_shapes_alone(config, bridge, l
     assert round(coverage.hf_elements / 1e9, 1) == billions
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda s: s.pop("model.layers.93.mlp.experts.127.up_proj.weight"), "experts.127.up_proj.weight is missing"),
-    (lambda s: s.update({"model.layers.94.mlp.gate.weight": (128, 4096)}), "model.layers.94.mlp.gate.weight: no Meg"),
-    (lambda s: s.update({"model.layers.7.self_attn.o_proj.weight": (8192, 4096)}), "layers.7.self_attn.o_proj.weight"),
-], ids=["missing", "left over", "transposed"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("model.layers.93.mlp.experts.127.up_proj.weight"), "experts.127.up_proj.weight is missing"),
+        (
+            lambda s: s.update({"model.layers.94.mlp.gate.weight": (128, 4096)}),
+            "model.layers.94.mlp.gate.weight: no Meg",
+        ),
+        (
+            lambda s: s.update({"model.layers.7.self_attn.o_proj.weight": (8192, 4096)}),
+            "layers.7.self_attn.o_proj.weight",
+        ),
+    ],
+    ids=["missing", "left over", "transposed"],
+)
 def test_one_wrong_tensor_among_36000_is_found(change, message):
     """In a checkpoint of published size: a tensor that is gone, one too many, one transposed."""
     shapes = hf_shapes_of(QWEN3_235B)
     change(shapes)
-    coverage = prove_layout(parameters_of(QWEN3_235B), Qwen3MoeBridge().mapping_registry(), shapes, QWEN3_235B,
-                            Layout.parse("tp4-pp8-ep64-etp1"))
+    coverage = prove_layout(
+        parameters_of(QWEN3_235B),
+        Qwen3MoeBridge().mapping_registry(),
+        shapes,
+        QWEN3_235B,
+        Layout.parse("tp4-pp8-ep64-etp1"),
+    )
     assert not coverage.ok
     assert message in "; ".join(coverage.errors)
 
 
 def test_a_layout_that_does_not_divide_a_parameter_is_an_error_of_the_proof():
     """tp3: the rows of the first parameter that cannot be cut, by which number."""
-    coverage = prove_layout([Parameter("decoder.layers.0.mlp.linear_fc1.weight", (64, 8))],
-                            MegatronMappingRegistry(GatedMLPMapping("decoder.layers.*.mlp.linear_fc1.weight",
-                                                                    gate="l.*.gate", up="l.*.up")),
-                            {"l.0.gate": (32, 8), "l.0.up": (32, 8)}, SimpleNamespace(), Layout(tp=3))
+    coverage = prove_layout(
+        [Parameter("decoder.layers.0.mlp.linear_fc1.weight", (64, 8))],
+        MegatronMappingRegistry(
+            GatedMLPMapping("decoder.layers.*.mlp.linear_fc1.weight", gate="l.*.gate", up="l.*.up")
+        ),
+        {"l.0.gate": (32, 8), "l.0.up": (32, 8)},
+        SimpleNamespace(),
+        Layout(tp=3),
+    )
     assert not coverage.ok
     assert "64 rows of (64, 8) cannot be divided by 3" in coverage.errors[0]
 
 
-@pytest.mark.parametrize(("text", "layers", "experts"), [("tp8-pp16-ep64-etp1", 94, 128), ("tp2-pp8-vpp3-cp2-ep32-dp16", 94, 128)])
+@pytest.mark.parametrize(
+    ("text", "layers", "experts"), [("tp8-pp16-ep64-etp1", 94, 128), ("tp2-pp8-vpp3-cp2-ep32-dp16", 94, 128)]
+)
 def test_every_expert_of_every_layer_has_one_home_among_1024_ranks(text, layers, experts):
     """Each (layer, expert) is on exactly one (pp, ep) coordinate, and on world / (pp x ep) ranks."""
     layout = Layout.parse(text)

@@ -20,8 +20,14 @@ def cell(row="llama3", layout="tp2", check="logits", status="pass", value=1.23e-
 
 
 def row(name: str, layouts: list[str], mechanisms: tuple[str, ...] = ("GQA",)) -> dict:
-    return {"row": name, "model_type": "llama", "architecture": "LlamaForCausalLM",
-            "mechanisms": list(mechanisms), "reference": "transformers 5.23.0", "layouts": layouts}
+    return {
+        "row": name,
+        "model_type": "llama",
+        "architecture": "LlamaForCausalLM",
+        "mechanisms": list(mechanisms),
+        "reference": "transformers 5.23.0",
+        "layouts": layouts,
+    }
 
 
 def report(*cells: Cell, rows: list[dict] | None = None) -> Report:
@@ -33,11 +39,13 @@ def report(*cells: Cell, rows: list[dict] | None = None) -> Report:
 def mixed() -> Report:
     cells = [cell(layout=x, check=k) for x in ("tp1", "tp2-pp2") for k in ("config", "logits")]
     why = "first divergence: fc1\nlikely: order"
-    cells += [cell("mixtral", "ep2", status="fail", value=2.31e-2, detail=why),
-              cell("mixtral", "tp1", "logits", "fail", math.nan, detail="NaN in 3 logits"),
-              cell("mixtral", "tp1", "config", "error", None, None, detail="rank 1 was killed"),
-              cell("mixtral", "ep2", "config", "skip", None, None, detail=SKIP),
-              cell("mixtral", "tp2-pp2", "config", "skip", None, None, detail=SKIP)]
+    cells += [
+        cell("mixtral", "ep2", status="fail", value=2.31e-2, detail=why),
+        cell("mixtral", "tp1", "logits", "fail", math.nan, detail="NaN in 3 logits"),
+        cell("mixtral", "tp1", "config", "error", None, None, detail="rank 1 was killed"),
+        cell("mixtral", "ep2", "config", "skip", None, None, detail=SKIP),
+        cell("mixtral", "tp2-pp2", "config", "skip", None, None, detail=SKIP),
+    ]
     moe = row("mixtral", ["tp1", "ep2"], ("GQA", "MoE"))
     return report(*cells, rows=[row("llama3", ["tp1", "tp2-pp2"]), moe])
 
@@ -61,12 +69,18 @@ def test_pass_over_its_limit_is_a_programming_error(value):
         cell(value=value)
 
 
-@pytest.mark.parametrize(("value", "limit", "says", "margin"), [
-    (1.23e-6, 1e-4, "1.2e-06 <= 1.0e-04 rel rms", -1.91),
-    (2.31e-2, 1e-4, "2.3e-02 > 1.0e-04 rel rms", 2.36),
-    (0.0, 0.0, "0 <= 0 rel rms", -math.inf), (3.0, 0.0, "3 > 0 rel rms", math.inf),
-    (math.nan, 1e-4, "nan > 1.0e-04 rel rms", math.inf),
-    (291.0, None, "291 rel rms", None), (None, None, "", None)])
+@pytest.mark.parametrize(
+    ("value", "limit", "says", "margin"),
+    [
+        (1.23e-6, 1e-4, "1.2e-06 <= 1.0e-04 rel rms", -1.91),
+        (2.31e-2, 1e-4, "2.3e-02 > 1.0e-04 rel rms", 2.36),
+        (0.0, 0.0, "0 <= 0 rel rms", -math.inf),
+        (3.0, 0.0, "3 > 0 rel rms", math.inf),
+        (math.nan, 1e-4, "nan > 1.0e-04 rel rms", math.inf),
+        (291.0, None, "291 rel rms", None),
+        (None, None, "", None),
+    ],
+)
 def test_value_against_limit(value, limit, says, margin):
     c = cell(status="fail", value=value, limit=limit)
     assert c.says == says
@@ -79,9 +93,17 @@ def test_numbers_are_short():
     assert [number(x) for x in short] == list(short.values())
 
 
-@pytest.mark.parametrize(("statuses", "ok"), [
-    ([], False), (["skip"], False), (["pass"], True), (["pass", "skip"], True),
-    (["pass", "fail"], False), (["pass", "error"], False)])
+@pytest.mark.parametrize(
+    ("statuses", "ok"),
+    [
+        ([], False),
+        (["skip"], False),
+        (["pass"], True),
+        (["pass", "skip"], True),
+        (["pass", "fail"], False),
+        (["pass", "error"], False),
+    ],
+)
 def test_green_needs_a_comparison(statuses, ok):
     """Nothing failed is not enough: with zero comparisons the report is red in every form."""
     r = report(*(cell(status=s, value=None, detail="why") for s in statuses), rows=[row("llama3", ["tp2"])])
@@ -96,8 +118,16 @@ def test_json_is_the_contract(mixed):
     assert list(data) == ["rows", "cells", "summary", "environment", "speed"]
     assert data["rows"] == mixed.rows
     assert data["cells"][4] == {
-        "row": "mixtral", "layout": "ep2", "check": "logits", "status": "fail", "value": 2.31e-2,
-        "limit": 1e-4, "unit": "rel rms", "seconds": 0.25, "detail": "first divergence: fc1\nlikely: order"}
+        "row": "mixtral",
+        "layout": "ep2",
+        "check": "logits",
+        "status": "fail",
+        "value": 2.31e-2,
+        "limit": 1e-4,
+        "unit": "rel rms",
+        "seconds": 0.25,
+        "detail": "first divergence: fc1\nlikely: order",
+    }
     assert data["summary"] == {"pass": 4, "fail": 2, "error": 1, "skip": 2, "seconds": 12.5}
     assert data["cells"][5]["value"] == "NaN"
 
@@ -152,22 +182,40 @@ def test_page_holds_every_cell(mixed):
     """Each square of rows x layouts once, each cell's check, numbers and detail, and failures as text too."""
     html = Elements(page(mixed))
     squares = [a["aria-label"] for tag, a in html.found if tag == "td" and "id" in a]
-    assert squares == ["llama3 tp1: pass", "llama3 tp2-pp2: pass", "llama3 ep2: not run",
-                       "mixtral tp1: fail", "mixtral tp2-pp2: skip", "mixtral ep2: fail"]
+    assert squares == [
+        "llama3 tp1: pass",
+        "llama3 tp2-pp2: pass",
+        "llama3 ep2: not run",
+        "mixtral tp1: fail",
+        "mixtral tp2-pp2: skip",
+        "mixtral ep2: fail",
+    ]
     assert [a["title"] for _, a in html.found if a.get("scope") == "col"] == ["tp1", "tp2-pp2", "ep2"]
     names = ("class", "data-check", "data-says", "data-detail")
     marks = [tuple(a.get(k, "") for k in names) for _, a in html.found if "data-check" in a]
     assert sorted(marks) == sorted((c.status, c.check, c.says, c.detail) for c in mixed.cells)
-    for text in ("llama3", "mixtral", "Dense", "Mixture of experts", "3 of 7 comparisons do not pass",
-                 "2.3e-02 > 1.0e-04", "rank 1 was killed", SKIP, "2.11.0", "12.5 s"):
+    for text in (
+        "llama3",
+        "mixtral",
+        "Dense",
+        "Mixture of experts",
+        "3 of 7 comparisons do not pass",
+        "2.3e-02 > 1.0e-04",
+        "rank 1 was killed",
+        SKIP,
+        "2.11.0",
+        "12.5 s",
+    ):
         assert text in html.text
 
 
 def test_page_escapes_every_string():
     """No name, detail or version can become markup, or a placeholder of the template."""
     info = {k: HOSTILE for k in row("", [])} | {"mechanisms": [HOSTILE], "layouts": [HOSTILE]}
-    cells = [Cell(HOSTILE, HOSTILE, HOSTILE, "fail", 1.0, 0.5, HOSTILE, 1.0, HOSTILE),
-             Cell(HOSTILE, HOSTILE, "x", "skip", None, None, "", 0.0, HOSTILE)]
+    cells = [
+        Cell(HOSTILE, HOSTILE, HOSTILE, "fail", 1.0, 0.5, HOSTILE, 1.0, HOSTILE),
+        Cell(HOSTILE, HOSTILE, "x", "skip", None, None, "", 0.0, HOSTILE),
+    ]
     html = Elements(page(Report([info], cells, {HOSTILE: HOSTILE}, 1.0, {})))
     assert sum(tag == "script" for tag, _ in html.found) == 1
     assert sum(tag == "td" and "id" in a for tag, a in html.found) == 1

@@ -48,28 +48,31 @@ def test_only_the_segment_that_is_meant_counts():
     assert view.index == ()
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("(g d) h", "write dims -> shard ; feature ; rest"),
-    ("(g d) h -> g ; d", "write dims -> shard ; feature ; rest"),
-    ("(g d) h -> g ; d ; h ; x", "write dims -> shard ; feature ; rest"),
-    ("(g d) h -> g ; x ; h", "'x' stands on the right"),
-    ("([*g | d]) h -> d ; ; h", "'d' stands on the right"),
-    ("(g g) h -> g ; ; h", "a symbol is used twice"),
-    ("(g d) h -> g ; d g ; h", "a symbol is used twice"),
-    ("(g d h -> g ; d ; h", "a bracket is not closed"),
-    ("([*g | d h -> g ; ; h", "a bracket is not closed"),
-    ("([g | d]) h -> g ; ; h", "mark one of the segments with *"),
-    ("([*g | ]) h -> g ; ; h", "mark one of the segments with *"),
-    ("([*g | *d]) h -> g ; ; h", "unexpected '*'"),
-    ("((g d)) h -> g ; d ; h", "unexpected '('"),
-    ("([*(g d) | d]) h -> g ; d ; h", "unexpected '('"),
-    ("(*g d) h -> g ; d ; h", "unexpected '*'"),
-    ("g) h -> g ; ; h", "unexpected ')'"),
-    ("[*g | d] h -> g ; ; h", "unexpected '['"),
-    ("*g h -> g ; ; h", "unexpected '*'"),
-    ("(g + d) h -> g ; d ; h", "cannot read ' + d) h'"),
-    ("(2 d) h -> d ; ; h", "cannot read '2 d) h'"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("(g d) h", "write dims -> shard ; feature ; rest"),
+        ("(g d) h -> g ; d", "write dims -> shard ; feature ; rest"),
+        ("(g d) h -> g ; d ; h ; x", "write dims -> shard ; feature ; rest"),
+        ("(g d) h -> g ; x ; h", "'x' stands on the right"),
+        ("([*g | d]) h -> d ; ; h", "'d' stands on the right"),
+        ("(g g) h -> g ; ; h", "a symbol is used twice"),
+        ("(g d) h -> g ; d g ; h", "a symbol is used twice"),
+        ("(g d h -> g ; d ; h", "a bracket is not closed"),
+        ("([*g | d h -> g ; ; h", "a bracket is not closed"),
+        ("([g | d]) h -> g ; ; h", "mark one of the segments with *"),
+        ("([*g | ]) h -> g ; ; h", "mark one of the segments with *"),
+        ("([*g | *d]) h -> g ; ; h", "unexpected '*'"),
+        ("((g d)) h -> g ; d ; h", "unexpected '('"),
+        ("([*(g d) | d]) h -> g ; d ; h", "unexpected '('"),
+        ("(*g d) h -> g ; d ; h", "unexpected '*'"),
+        ("g) h -> g ; ; h", "unexpected ')'"),
+        ("[*g | d] h -> g ; ; h", "unexpected '['"),
+        ("*g h -> g ; ; h", "unexpected '*'"),
+        ("(g + d) h -> g ; d ; h", "cannot read ' + d) h'"),
+        ("(2 d) h -> d ; ; h", "cannot read '2 d) h'"),
+    ],
+)
 def test_parse_errors_name_what_is_wrong(text, message):
     """Each names the expression and the fault."""
     with pytest.raises(ViewError) as error:
@@ -88,26 +91,42 @@ def test_bind_gives_offset_sizes_and_strides():
     assert (bound.shard, bound.feature, bound.rest) == (((2, 16 * 24),), ((16, 24),), ((24, 1),))
 
 
-@pytest.mark.parametrize(("view", "shape", "known", "symbol", "size"), [
-    ("(g n d) h -> g ; n d ; h", (96, 5), {"g": 2, "d": 16}, "n", 3),
-    ("([*q d | g d | g d]) h -> q ; d ; h", (96, 5), {"g": 1, "d": 16}, "q", 4),
-    ("(k [*d | d | r e | r e]) h -> k ; d ; h", (120, 5), {"d": 4, "r": 2, "e": 8}, "k", 3),
-    ("(k [*d | d | r e | r e]) h -> k ; d ; h", (120, 5), {"k": 3, "d": 4, "r": 2}, "e", 8),
-])
+@pytest.mark.parametrize(
+    ("view", "shape", "known", "symbol", "size"),
+    [
+        ("(g n d) h -> g ; n d ; h", (96, 5), {"g": 2, "d": 16}, "n", 3),
+        ("([*q d | g d | g d]) h -> q ; d ; h", (96, 5), {"g": 1, "d": 16}, "q", 4),
+        ("(k [*d | d | r e | r e]) h -> k ; d ; h", (120, 5), {"d": 4, "r": 2, "e": 8}, "k", 3),
+        ("(k [*d | d | r e | r e]) h -> k ; d ; h", (120, 5), {"k": 3, "d": 4, "r": 2}, "e", 8),
+    ],
+)
 def test_one_unknown_factor_is_worked_out(view, shape, known, symbol, size):
     """From the extent of its dim, also inside segments."""
     assert dict(bind(parse(view), shape, known, {}).sizes)[symbol] == size
 
 
-@pytest.mark.parametrize(("view", "shape", "known", "message"), [
-    ("(g n d) h -> g ; n d ; h", (95, 5), {"g": 2, "d": 16}, "dim 0 has 95; `(g n d)` with g=2, d=16 needs a multiple of 32"),
-    ("(g n d) h -> g ; n d ; h", (95, 5), {"g": 2, "n": 3, "d": 16}, "`(g n d)` with g=2, n=3, d=16 needs 96"),
-    ("o (t i) -> t ; o ; i", (7, 10), {"t": 4}, "shape (7, 10): dim 1 has 10; `(t i)` with t=4 needs a multiple of 4"),
-    ("([*t f | t f]) h -> t ; f ; h", (10, 3), {"t": 2}, "`([*t f | t f])` with t=2 needs a multiple of 4"),
-    ("(k [*d | d | r e | r e]) h -> k ; d ; h", (50, 5), {"d": 4, "r": 2, "e": 8}, "needs a multiple of 40"),
-    ("(g n d) h -> g ; n d ; h", (96, 5), {"g": 2}, "the sizes of d, n cannot be told from shape (96, 5)"),
-    ("(g d) h -> g ; d ; h", (8,), {"g": 2}, "shape (8,) has 1 dims; `(g d) h -> g ; d ; h` names 2"),
-])
+@pytest.mark.parametrize(
+    ("view", "shape", "known", "message"),
+    [
+        (
+            "(g n d) h -> g ; n d ; h",
+            (95, 5),
+            {"g": 2, "d": 16},
+            "dim 0 has 95; `(g n d)` with g=2, d=16 needs a multiple of 32",
+        ),
+        ("(g n d) h -> g ; n d ; h", (95, 5), {"g": 2, "n": 3, "d": 16}, "`(g n d)` with g=2, n=3, d=16 needs 96"),
+        (
+            "o (t i) -> t ; o ; i",
+            (7, 10),
+            {"t": 4},
+            "shape (7, 10): dim 1 has 10; `(t i)` with t=4 needs a multiple of 4",
+        ),
+        ("([*t f | t f]) h -> t ; f ; h", (10, 3), {"t": 2}, "`([*t f | t f])` with t=2 needs a multiple of 4"),
+        ("(k [*d | d | r e | r e]) h -> k ; d ; h", (50, 5), {"d": 4, "r": 2, "e": 8}, "needs a multiple of 40"),
+        ("(g n d) h -> g ; n d ; h", (96, 5), {"g": 2}, "the sizes of d, n cannot be told from shape (96, 5)"),
+        ("(g d) h -> g ; d ; h", (8,), {"g": 2}, "shape (8,) has 1 dims; `(g d) h -> g ; d ; h` names 2"),
+    ],
+)
 def test_bind_errors_name_the_dim_the_factors_and_the_multiple(view, shape, known, message):
     """What a wrong checkpoint shape is told."""
     with pytest.raises(ViewError) as error:
@@ -115,8 +134,14 @@ def test_bind_errors_name_the_dim_the_factors_and_the_multiple(view, shape, know
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("index", "message"), [({}, "nothing says which 'e' is meant"), ({"e": 4}, "e=4 is outside the tensor's 4"),
-                                                ({"e": -1}, "e=-1 is outside the tensor's 4")])
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({}, "nothing says which 'e' is meant"),
+        ({"e": 4}, "e=4 is outside the tensor's 4"),
+        ({"e": -1}, "e=-1 is outside the tensor's 4"),
+    ],
+)
 def test_an_index_outside_the_tensor_is_an_error(index, message):
     """An expert that a fused tensor does not hold."""
     with pytest.raises(ViewError) as error:
@@ -156,15 +181,19 @@ def test_slice_flat_is_an_interval_of_the_flattened_axes(axes, data):
 # -- mappings ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [
-    lambda: AutoMapping("decoder.layers.*.mlp.linear_fc2.weight", "model.layers.*.*.down.weight"),
-    lambda: AutoMapping("decoder.layers.*.mlp.linear_fc2.weight", "model.down.weight"),
-    lambda: ReplicatedMapping("decoder.layers.*.norm.weight", "norm.weight"),
-    lambda: RowParallelMapping("decoder.final.weight", "layers.*.weight"),
-    lambda: QKVMapping("decoder.layers.*.linear_qkv.weight", q="l.*.q", k="l.*.k", v="l.*.*.v"),
-    lambda: GatedMLPMapping("decoder.layers.*.experts.linear_fc1.weight*", gate="l.*.gate", up="l.*.up"),
-    lambda: Mapping("layers.*.experts.weight*", (Part("l.*.e.*", "e o i -> o ; ; i"),)),
-], ids=["two for one", "none", "replicated", "row", "only v", "no expert", "index and star"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: AutoMapping("decoder.layers.*.mlp.linear_fc2.weight", "model.layers.*.*.down.weight"),
+        lambda: AutoMapping("decoder.layers.*.mlp.linear_fc2.weight", "model.down.weight"),
+        lambda: ReplicatedMapping("decoder.layers.*.norm.weight", "norm.weight"),
+        lambda: RowParallelMapping("decoder.final.weight", "layers.*.weight"),
+        lambda: QKVMapping("decoder.layers.*.linear_qkv.weight", q="l.*.q", k="l.*.k", v="l.*.*.v"),
+        lambda: GatedMLPMapping("decoder.layers.*.experts.linear_fc1.weight*", gate="l.*.gate", up="l.*.up"),
+        lambda: Mapping("layers.*.experts.weight*", (Part("l.*.e.*", "e o i -> o ; ; i"),)),
+    ],
+    ids=["two for one", "none", "replicated", "row", "only v", "no expert", "index and star"],
+)
 def test_another_number_of_wildcards_is_refused_at_construction(make):
     """Whichever part it is in; the message counts both sides."""
     with pytest.raises(MappingError, match=r"has \d wildcards, .* has \d"):
@@ -173,8 +202,11 @@ def test_another_number_of_wildcards_is_refused_at_construction(make):
 
 def test_wildcards_stand_for_the_same_number_in_turn():
     """The k-th * of the Megatron name is the k-th of each Hugging Face name."""
-    registry = MegatronMappingRegistry(GatedMLPMapping(
-        "decoder.layers.*.mlp.experts.linear_fc1.weight*", gate="l.*.experts.*.gate", up="l.*.experts.*.up"))
+    registry = MegatronMappingRegistry(
+        GatedMLPMapping(
+            "decoder.layers.*.mlp.experts.linear_fc1.weight*", gate="l.*.experts.*.gate", up="l.*.experts.*.up"
+        )
+    )
     _, parts = registry.megatron_to_hf_lookup("decoder.layers.12.mlp.experts.linear_fc1.weight3")
     assert [p.hf for p in parts] == ["l.12.experts.3.gate", "l.12.experts.3.up"]
     assert all(p.index == () for p in parts)
@@ -182,28 +214,33 @@ def test_wildcards_stand_for_the_same_number_in_turn():
 
 def test_a_number_without_a_star_becomes_the_index_of_the_view():
     """One fused tensor for all experts of a layer."""
-    registry = MegatronMappingRegistry(Mapping("decoder.layers.*.experts.weight*", (Part("l.*.fused", "e o i -> o ; ; i"),)))
+    registry = MegatronMappingRegistry(
+        Mapping("decoder.layers.*.experts.weight*", (Part("l.*.fused", "e o i -> o ; ; i"),))
+    )
     _, (part,) = registry.megatron_to_hf_lookup("decoder.layers.12.experts.weight3")
     assert (part.hf, part.index) == ("l.12.fused", (("e", 3),))
 
 
-@pytest.mark.parametrize(("name", "sharding", "padded"), [
-    ("embedding.word_embeddings.weight", COLUMN, True),
-    ("output_layer.weight", COLUMN, True),
-    ("decoder.layers.*.self_attention.linear_qkv.bias", COLUMN, False),
-    ("decoder.layers.*.self_attention.linear_proj.weight", ROW, False),
-    ("decoder.layers.*.self_attention.linear_proj.bias", REPLICATED, False),
-    ("decoder.layers.*.mlp.linear_fc1.weight", COLUMN, False),
-    ("decoder.layers.*.mlp.experts.linear_fc1.weight*", COLUMN, False),
-    ("decoder.layers.*.mlp.experts.linear_fc2.weight*", ROW, False),
-    ("decoder.layers.*.mlp.router.weight", REPLICATED, False),
-    ("decoder.layers.*.mlp.shared_experts.gate_weight", REPLICATED, False),
-    ("decoder.layers.*.self_attention.linear_qkv.layer_norm_weight", REPLICATED, False),
-    ("decoder.layers.*.self_attention.q_layernorm.weight", REPLICATED, False),
-    ("decoder.layers.*.pre_mlp_layernorm.weight", REPLICATED, False),
-    ("decoder.final_layernorm.weight", REPLICATED, False),
-    ("decoder.layers.*.self_attention.core_attention.softmax_offset", COLUMN, False),
-])
+@pytest.mark.parametrize(
+    ("name", "sharding", "padded"),
+    [
+        ("embedding.word_embeddings.weight", COLUMN, True),
+        ("output_layer.weight", COLUMN, True),
+        ("decoder.layers.*.self_attention.linear_qkv.bias", COLUMN, False),
+        ("decoder.layers.*.self_attention.linear_proj.weight", ROW, False),
+        ("decoder.layers.*.self_attention.linear_proj.bias", REPLICATED, False),
+        ("decoder.layers.*.mlp.linear_fc1.weight", COLUMN, False),
+        ("decoder.layers.*.mlp.experts.linear_fc1.weight*", COLUMN, False),
+        ("decoder.layers.*.mlp.experts.linear_fc2.weight*", ROW, False),
+        ("decoder.layers.*.mlp.router.weight", REPLICATED, False),
+        ("decoder.layers.*.mlp.shared_experts.gate_weight", REPLICATED, False),
+        ("decoder.layers.*.self_attention.linear_qkv.layer_norm_weight", REPLICATED, False),
+        ("decoder.layers.*.self_attention.q_layernorm.weight", REPLICATED, False),
+        ("decoder.layers.*.pre_mlp_layernorm.weight", REPLICATED, False),
+        ("decoder.final_layernorm.weight", REPLICATED, False),
+        ("decoder.layers.*.self_attention.core_attention.softmax_offset", COLUMN, False),
+    ],
+)
 def test_auto_mapping_shards_as_megatron_does(name, sharding, padded):
     """By the ending of the module's name."""
     mapping = AutoMapping(name, name)
@@ -234,11 +271,14 @@ def registry() -> MegatronMappingRegistry:
     )
 
 
-@pytest.mark.parametrize(("name", "nearest"), [
-    ("decoder.layers.7.mlp.linear_fc2.bias", "decoder.layers.*.mlp.linear_fc2.weight"),
-    ("decoder.layers.7.self_attention.linear_kqv.weight", "decoder.layers.*.self_attention.linear_qkv.weight"),
-    ("embedding.word_embedding.weight", "embedding.word_embeddings.weight"),
-])
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("decoder.layers.7.mlp.linear_fc2.bias", "decoder.layers.*.mlp.linear_fc2.weight"),
+        ("decoder.layers.7.self_attention.linear_kqv.weight", "decoder.layers.*.self_attention.linear_qkv.weight"),
+        ("embedding.word_embedding.weight", "embedding.word_embeddings.weight"),
+    ],
+)
 def test_an_unknown_parameter_is_told_the_nearest_mapping(name, nearest):
     """The message names both, and where to add one."""
     with pytest.raises(MappingError) as error:
@@ -253,9 +293,16 @@ def test_an_empty_registry_says_so_without_a_suggestion():
         MegatronMappingRegistry().megatron_to_hf_lookup("x")
 
 
-@pytest.mark.parametrize("name", ["decoder.layers.7.mlp.linear_fc2.weight.extra", "x.decoder.layers.7.mlp.linear_fc2.weight",
-                                  "decoder.layers.7a.mlp.linear_fc2.weight", "decoder_layers.7.mlp.linear_fc2.weight",
-                                  "decoder.layers..mlp.linear_fc2.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoder.layers.7.mlp.linear_fc2.weight.extra",
+        "x.decoder.layers.7.mlp.linear_fc2.weight",
+        "decoder.layers.7a.mlp.linear_fc2.weight",
+        "decoder_layers.7.mlp.linear_fc2.weight",
+        "decoder.layers..mlp.linear_fc2.weight",
+    ],
+)
 def test_a_pattern_matches_whole_names_and_numbers_only(name):
     """No prefix, no suffix, and a dot is a dot."""
     with pytest.raises(MappingError):
@@ -265,8 +312,9 @@ def test_a_pattern_matches_whole_names_and_numbers_only(name):
 def test_the_first_mapping_that_matches_wins():
     """Among patterns, in order; an exact name before any pattern."""
     first = AutoMapping("a.*.linear_fc2.weight", "one.*")
-    both = MegatronMappingRegistry(first, AutoMapping("a.*.linear_fc2.weight", "two.*"),
-                                   AutoMapping("a.3.linear_fc2.weight", "three"))
+    both = MegatronMappingRegistry(
+        first, AutoMapping("a.*.linear_fc2.weight", "two.*"), AutoMapping("a.3.linear_fc2.weight", "three")
+    )
     assert both.megatron_to_hf_lookup("a.2.linear_fc2.weight")[0] is first
     assert both.megatron_to_hf_lookup("a.3.linear_fc2.weight")[1][0].hf == "three"
 

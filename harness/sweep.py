@@ -182,7 +182,7 @@ def mechanisms(row: str) -> list[str]:
         "square experts": row.endswith("-square"),
         "tied": c.get("tie_word_embeddings"),
         "sliding window": c.get("sliding_window") and c.get("use_sliding_window", True),
-        f"rope {scaling.get('rope_type')}": scaling,
+        f"rope {scaling.get('rope_type')}": scaling.get("rope_type", "default") != "default",
         "layers without rope": c.get("no_rope_layers"),
         "fused on disk": c.get("model_type") == "phi3",
     }
