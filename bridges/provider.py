@@ -261,6 +261,7 @@ def ensure_process_groups(provider: GPTModelProvider, layout: Layout | None = No
             context_parallel_size=layout.cp,
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=layout.expert_tp,
+            create_gloo_process_groups=torch.cuda.is_available(),  # without a GPU the main groups are gloo's
         )
     parallel_state.set_virtual_pipeline_model_parallel_world_size(provider.virtual_pipeline_model_parallel_size)
     tracker: Any = tensor_parallel.get_cuda_rng_tracker()

@@ -53,6 +53,7 @@ class Subject:
     whole: jobs.Global | None = None  # the last layout's tensors, for the cross-layout round trip
     whole_from: str = ""
     digests: dict[str, Outcome] = field(default_factory=dict)
+    gradients: dict[str, torch.Tensor] | None = None
 
     @classmethod
     def make(cls, row: str, folder: Path, bridge: type[MegatronModelBridge] | None = None) -> Subject:

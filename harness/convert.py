@@ -206,7 +206,7 @@ def _say(result: dict[str, Any]) -> None:
             highlight=False,
         )
     for line in result["differences"]:
-        console.print(f"DIFFERS  {line}", highlight=False)
+        console.print(f"DIFFERS  {line}", highlight=False, markup=False, soft_wrap=True)
     if not result["differences"]:
         console.print(f"bit-exact in {result['layout']}", highlight=False)
 

@@ -157,34 +157,42 @@ def _join_world(rank: int, world_size: int, folder: Path) -> None:
 
 
 class Ranks:
-    """Pools by world size, built when first needed and rebuilt after a failure."""
+    """Runs jobs on a pool of the asked size, built when first needed and rebuilt after a failure.
+
+    One pool lives at a time in a process: every gloo group keeps threads that wake a hundred times a second, and the
+    hundreds of groups of idle pools would take the cores from the working one. Forking a pool costs 0.1 s.
+    """
+
+    _active: Ranks | None = None
 
     def __init__(self) -> None:
-        self._pools: dict[int, Pool] = {}
+        self._pool: Pool | None = None
         self._purpose: object = None
         atexit.register(self.close)
 
     def run(self, world_size: int, function: Callable, *args: Any, deadline_s: float = 120.0) -> list[Any]:
-        pool = self._pools.get(world_size)
-        if pool is None:
-            pool = self._pools[world_size] = Pool(world_size)
+        if Ranks._active is not self and Ranks._active is not None:
+            Ranks._active.close()
+        Ranks._active = self
+        if self._pool is None or self._pool.world_size != world_size:
+            self.close()
+            self._pool = Pool(world_size)
         try:
-            return pool.run(function, *args, deadline_s=deadline_s)
+            return self._pool.run(function, *args, deadline_s=deadline_s)
         except RankError:
-            self._pools.pop(world_size, None)
+            self._pool = None  # it has closed itself
             raise
 
     def use_for(self, purpose: object) -> None:
-        """Start with new pools when the purpose (a layout) is another one: gloo's groups keep their threads until the
-        process ends, and a pool that has lived through many layouts has thousands."""
+        """Start with a new pool when the purpose (a layout) is another one: old groups are never taken down."""
         if purpose != self._purpose:
             self.close()
             self._purpose = purpose
 
     def close(self) -> None:
-        for pool in self._pools.values():
-            pool.close()
-        self._pools.clear()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
     def __enter__(self) -> Ranks:
         return self

@@ -364,7 +364,7 @@ LLAMA_405B = SimpleNamespace(
     num_query_groups=8,
     kv_channels=128,
     ffn=53248,
-    vocab=128256,
+    vocab_size=128256,
     heads_per_group=16,
     experts=0,
     qk_norm=False,
@@ -376,7 +376,7 @@ QWEN3_235B = SimpleNamespace(
     num_query_groups=4,
     kv_channels=128,
     ffn=1536,
-    vocab=151936,
+    vocab_size=151936,
     heads_per_group=16,
     experts=128,
     qk_norm=True,
@@ -387,9 +387,9 @@ def hf_shapes_of(c) -> dict[str, tuple[int, ...]]:
     """Every tensor of the published checkpoint, by formula."""
     q, kv = c.heads * c.kv_channels, c.num_query_groups * c.kv_channels
     shapes = {
-        "model.embed_tokens.weight": (c.vocab, c.hidden),
+        "model.embed_tokens.weight": (c.vocab_size, c.hidden),
         "model.norm.weight": (c.hidden,),
-        "lm_head.weight": (c.vocab, c.hidden),
+        "lm_head.weight": (c.vocab_size, c.hidden),
     }
     for layer in range(c.num_layers):
         p = f"model.layers.{layer}."
@@ -418,9 +418,9 @@ def parameters_of(c) -> list[Parameter]:
     """Every parameter of Megatron's model on one rank, by formula."""
     q, kv = c.heads * c.kv_channels, c.num_query_groups * c.kv_channels
     shapes = {
-        "embedding.word_embeddings.weight": (c.vocab, c.hidden),
+        "embedding.word_embeddings.weight": (c.vocab_size, c.hidden),
         "decoder.final_layernorm.weight": (c.hidden,),
-        "output_layer.weight": (c.vocab, c.hidden),
+        "output_layer.weight": (c.vocab_size, c.hidden),
     }
     for layer in range(c.num_layers):
         p = f"decoder.layers.{layer}."

@@ -79,12 +79,22 @@ def test_results_come_by_rank(ranks):
     assert ranks.run(3, total, 5) == [15] * 3
 
 
-def test_ranks_stay_alive_between_jobs_and_pools_of_two_sizes_side_by_side(ranks):
-    """The same processes answer the next job; another world size gets other processes."""
+def test_ranks_stay_alive_between_jobs_of_one_size(ranks):
+    """The same processes answer the next job; another world size gets other processes, and the first are gone."""
     two = [a[3] for a in ranks.run(2, hello, "a")]
-    one = [a[3] for a in ranks.run(1, hello, "b")]
-    assert [a[3] for a in ranks.run(2, hello, "c")] == two
+    assert [a[3] for a in ranks.run(2, hello, "b")] == two
+    one = [a[3] for a in ranks.run(1, hello, "c")]
     assert not {*one} & {*two}
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in two)
+
+
+def test_one_pool_lives_at_a_time(ranks):
+    """Idle pools burn cores: another Ranks that starts to work ends this one's pool, which comes back when needed."""
+    mine = [a[3] for a in ranks.run(2, hello, "a")]
+    with Ranks() as others:
+        assert len(others.run(1, hello, "b")) == 1
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in mine)
+    assert len(ranks.run(2, hello, "c")) == 2
 
 
 @pytest.mark.parametrize("job", [break_on, break_before_a_collective])
