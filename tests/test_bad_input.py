@@ -57,7 +57,7 @@ def goldengate(folder: Path, *args: str | Path, before: Callable[[], None] = lam
         try:
             for descriptor, file in ((1, out), (2, err)):
                 os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), descriptor)
-            sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))
+            sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))  # noqa: SIM115 - until the fork ends
             sys.argv = ["goldengate", *map(str, args)]
             before()
             cli.main()
