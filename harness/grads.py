@@ -83,7 +83,9 @@ def backward(input_ids: np.ndarray, cotangent: np.ndarray) -> tuple[dict[str, np
     provider: Any = this.provider
     layout, coords = current_layout(provider)
     tasks = this.bridge.get_conversion_tasks(this.chunks)
-    wrapped = [DistributedDataParallel(provider, DistributedDataParallelConfig(), chunk) for chunk in this.chunks]
+    wrapped: list[Any] = [
+        DistributedDataParallel(provider, DistributedDataParallelConfig(), chunk) for chunk in this.chunks
+    ]
     provider.finalize_model_grads_func = finalize_model_grads
     for chunk in wrapped:
         chunk.zero_grad_buffer()

@@ -57,7 +57,7 @@ def goldengate(folder: Path, *args: str | Path, before: Callable[[], None] = lam
         try:
             for descriptor, file in ((1, out), (2, err)):
                 os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), descriptor)
-            sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))  # noqa: SIM115 - until the fork ends
+            sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
             sys.argv = ["goldengate", *map(str, args)]
             before()
             cli.main()
@@ -415,10 +415,6 @@ def command(kind: str, good, megatron, target: Path) -> tuple:
     }[kind]
 
 
-def snapshot_after(tmp_path: Path, args: tuple) -> None:
-    assert goldengate(tmp_path, *args).code == 0
-
-
 KINDS = ["roundtrip", "import", "export"]
 
 
@@ -517,23 +513,27 @@ def kill(rank: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_killed_in_the_middle_leaves_nothing(good, megatron, tmp_path, kind, rank):
-    """Rank 0, which would tidy up, as well as another; when half of the tensors are written."""
+    """Rank 0, which would tidy up, as well as another; while there are files with temporary names."""
 
     def before() -> None:
-        """The progress callback is called per tensor, on the rank; `_save` when the temporary folder is there."""
-        right, done = convert._count, []
+        seen, count, sharded_state = [], convert._count, convert._sharded_state
 
-        def count(name: str) -> None:
-            done.append(name)
-            if len(done) == (51 + 25 if kind == "roundtrip" else 25):  # 51 tensors are imported first
+        def count_and_kill(name: str) -> None:
+            seen.append(name)
+            if len(seen) == (51 + 25 if kind == "roundtrip" else 25):  # of 51 tensors, which roundtrip imports first
                 assert any((tmp_path / "target").glob(".*.partial"))
                 kill(rank)
-            right(name)
+            count(name)
+
+        def kill_before_saving():
+            assert (tmp_path / ".target.partial").is_dir()
+            kill(rank)
+            return sharded_state()
 
         if kind == "import":
-            convert._sharded_state = lambda: kill(rank)
+            convert._sharded_state = kill_before_saving
         else:
-            convert._count = count
+            convert._count = count_and_kill
 
     args = command(kind, good, megatron, tmp_path / "target")
     refused(tmp_path, *args, says=rf"goldengate: rank {rank} died", before=before)

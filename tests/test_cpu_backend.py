@@ -435,6 +435,7 @@ def test_attention_in_parallel_is_attention_on_one_rank(text, with_sinks, window
     (groups that do not start at rank 0 among them)."""
     layout, sinks = Layout.parse(text), randn(4, seed=4) if with_sinks else None
     expected = attention_with_grads(*qkv(), sinks, groups(), window)
+    ranks.use_for(layout)
     found = ranks.run(layout.world_size, attention_on_a_rank, text, sinks, window)
     heads = expected[0].view(12, 2, 4, 8), *expected[1:4]
     for i, whole in enumerate(heads):
@@ -495,6 +496,7 @@ def test_linears_in_parallel_are_torchs_on_one_rank(text, normalization, ranks):
     hidden = F.gelu(F.linear(norm, randn(24, 16, seed=1), randn(24, seed=2)))
     expected = F.linear(hidden, randn(16, 24, seed=5), randn(16, seed=6))
     expected.square().sum().backward()
+    ranks.use_for(layout)
     found = ranks.run(layout.world_size, block_on_a_rank, text, normalization)
     for whole, parts in zip((expected.detach(), x.grad), zip(*found, strict=True), strict=True):
         parts = [torch.from_numpy(p) for p in parts]

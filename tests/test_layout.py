@@ -235,6 +235,7 @@ def megatron_coords(layout: Layout) -> tuple[Coords, bool]:
 def test_coords_are_those_of_megatrons_groups(text, ranks):
     """tp, cp, dp, pp, etp, ep and edp of every rank, against process groups that Megatron made."""
     layout = Layout.parse(text)
+    ranks.use_for(layout)
     found = ranks.run(layout.world_size, megatron_coords, layout)
     assert [coords for coords, _ in found] == [layout.coords(rank) for rank in range(layout.world_size)]
     assert all(same for _, same in found)
@@ -261,6 +262,7 @@ def test_layers_and_experts_are_where_megatron_builds_them(row, text, folders, r
     """chunk_layers and experts against the global names in the model that Megatron built on every rank."""
     layout = Layout.parse(text)
     count = 8 if has_experts(row) else 0
+    ranks.use_for(layout)
     built = ranks.run(layout.world_size, jobs.build, str(folders[row]), layout)
     chunks = layout.chunk_layers(8)
     for rank, found in enumerate(built):
@@ -285,6 +287,7 @@ def megatrons_positions(layout: Layout, length: int) -> list[int]:
 @pytest.mark.parametrize("cp", [2, 4])
 def test_zigzag_positions_are_megatrons(cp, ranks):
     """Rank r holds pieces r and 2 cp - 1 - r of the sequence; all ranks together hold all of it."""
+    ranks.use_for(Layout(cp=cp))
     found = ranks.run(cp, megatrons_positions, Layout(cp=cp), 24)
     assert found == [zigzag_positions(24 // cp, rank, cp).tolist() for rank in range(cp)]
     assert sorted(itertools.chain(*found)) == list(range(24))
