@@ -27,6 +27,7 @@ from bridges.mapping import (
     ReplicatedMapping,
     RowParallelMapping,
 )
+from bridges.mla import MLAModelProvider
 from bridges.model_bridge import ConfigError, MegatronModelBridge
 from bridges.plan import PlanError
 from bridges.provider import GPTModelProvider
@@ -44,6 +45,7 @@ __all__ = [
     "GatedMLPMapping",
     "Layout",
     "LayoutError",
+    "MLAModelProvider",
     "Mapping",
     "MappingError",
     "MegatronMappingRegistry",

@@ -18,7 +18,7 @@ from megatron.core.activations import fast_gelu, quick_gelu, squared_relu
 from transformers import CONFIG_MAPPING as HF_CONFIG_CLASSES
 from transformers import PreTrainedConfig
 
-from bridges.config_rules import DTYPE, HEAD_DIM, ROPE, Rule, dtype_from_hf
+from bridges.config_rules import DTYPE, HEAD_DIM, ROPE, WINDOW, Rule, dtype_from_hf
 from bridges.mapping import MegatronMappingRegistry
 from bridges.provider import GPTModelProvider
 
@@ -115,7 +115,7 @@ class MegatronModelBridge:
         }
     )
 
-    _BASE_RULES: ClassVar[tuple[Rule, ...]] = (ROPE, DTYPE, HEAD_DIM)
+    _BASE_RULES: ClassVar[tuple[Rule, ...]] = (ROPE, DTYPE, HEAD_DIM, WINDOW)
     registration: ClassVar[Registration | None] = None
 
     # -- registration ------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ no weights, no processes and no process group.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from bridges.checkpoint import nearest_names
 from bridges.layout import Coords, Layout
 from bridges.mapping import REPLICATED, MappingError, MegatronMappingRegistry, Resolved
 from bridges.mapping import Mapping as ParamMapping
@@ -69,7 +69,7 @@ def copies(
     shapes = []
     for part in parts:
         if part.hf not in hf_shapes:
-            near = difflib.get_close_matches(part.hf, hf_shapes, n=1, cutoff=0.6)
+            near = nearest_names(part.hf, hf_shapes)
             raise PlanError(
                 f"{part.hf} is missing: Megatron's {name} is made of it"
                 + (f" (the checkpoint has {near[0]})" if near else "")

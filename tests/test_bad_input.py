@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
 
@@ -46,6 +47,13 @@ class Ended:
     code: int
     out: str
     err: list[str]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> None:
+    """Imports what the command line needs only when a command is parsed, once for all forks."""
+    with pytest.raises(ValueError):
+        typer.main.get_command(cli.app).main(["verify", "no such row"], standalone_mode=False)
 
 
 def goldengate(folder: Path, *args: str | Path, before: Callable[[], None] = lambda: None) -> Ended:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -91,9 +90,14 @@ def with_fields(bridge: Bridge, **fields) -> Bridge:
 
 def with_rule(bridge: Bridge, old: Rule, **changes) -> Bridge:
     """One of its two-way config rules changed."""
-    rules = tuple(dataclasses.replace(r, **changes) if r is old else r for r in bridge.CONFIG_RULES)
-    assert rules != bridge.CONFIG_RULES
-    return type("Mutant", (bridge,), {"CONFIG_RULES": rules})
+    assert any(rule is old for rule in bridge._rules())
+
+    class Mutant(bridge):
+        @classmethod
+        def _rules(cls):
+            return tuple(dataclasses.replace(r, **changes) if r is old else r for r in super()._rules())
+
+    return Mutant
 
 
 def exporting(bridge: Bridge, **fields: Callable) -> Bridge:
@@ -555,18 +559,16 @@ def test_an_export_that_drops_a_tensor_is_seen(monkeypatch):
 
 
 def test_a_source_that_the_import_writes_to_is_seen(monkeypatch, tmp_path):
-    """In the very first layout: the digest is taken before the import."""
+    """In the very first layout, since the digest is taken before the import; in any safetensors file of the folder."""
     folder = toy_models.write("llama3", tmp_path / "hf", shards=1)
-
-    def write(task):
-        with open(folder / "model.safetensors", "r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            file.write(b"?")
-
-    import_but(monkeypatch, lambda task: task.param_name == "decoder.final_layernorm.weight", write)
+    stray = folder / "consolidated.safetensors"
+    stray.write_bytes(b"before")
+    assert_green(run("llama3", None, folder=folder), ("tp1",))
+    import_but(monkeypatch, lambda task: True, lambda task: stray.write_bytes(b"after"))
     cells = run("llama3", None, folder=folder)
-    assert cells["tp1", "roundtrip"].status == "fail"
-    assert "the source checkpoint was changed" in cells["tp1", "roundtrip"].detail
+    assert (cells["tp1", "roundtrip"].status, cells["tp1", "roundtrip"].value) == ("fail", 1)
+    assert cells["tp1", "roundtrip"].detail == "the source checkpoint was changed"
+    assert_green(cells, ("tp1",), ("config", "complete", "logits", "reload"))
 
 
 # Wrong checkpoints and goldens, with the right bridge.

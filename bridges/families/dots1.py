@@ -4,14 +4,14 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Dots1ForCausalLM
 
 from bridges.blocks import attention, embeddings, gated_mlp, moe
-from bridges.config_rules import FIRST_K_DENSE, GROUPS, SHARED_EXPERTS, SIGMOID_ROUTER, WINDOW
+from bridges.config_rules import FIRST_K_DENSE, GROUPS, SHARED_EXPERTS, SIGMOID_ROUTER
 from bridges.mapping import MegatronMappingRegistry
 from bridges.model_bridge import MegatronModelBridge
 
 
 @MegatronModelBridge.register_bridge(source=Dots1ForCausalLM, target=GPTModel, model_type="dots1")
 class Dots1Bridge(MegatronModelBridge):
-    CONFIG_RULES = (WINDOW, FIRST_K_DENSE, GROUPS, SHARED_EXPERTS)
+    CONFIG_RULES = (FIRST_K_DENSE, GROUPS, SHARED_EXPERTS)
     HF_FIXED = {"attention_bias": False, "norm_topk_prob": True, "scoring_func": "noaux_tc"}
     MEGATRON_DEFAULTS = {"qk_layernorm": True, **SIGMOID_ROUTER}
 

@@ -4,14 +4,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import MinistralForCausalLM
 
 from bridges.blocks import attention, embeddings, gated_mlp
-from bridges.config_rules import WINDOW
 from bridges.mapping import MegatronMappingRegistry
 from bridges.model_bridge import MegatronModelBridge
 
 
 @MegatronModelBridge.register_bridge(source=MinistralForCausalLM, target=GPTModel, model_type="ministral")
 class MinistralBridge(MegatronModelBridge):
-    CONFIG_RULES = (WINDOW,)
-
     def mapping_registry(self) -> MegatronMappingRegistry:
         return MegatronMappingRegistry(*embeddings(), *attention(), *gated_mlp())

@@ -4,22 +4,18 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import MistralForCausalLM, MixtralForCausalLM
 
 from bridges.blocks import attention, embeddings, gated_mlp, moe
-from bridges.config_rules import WINDOW
 from bridges.mapping import MegatronMappingRegistry
 from bridges.model_bridge import MegatronModelBridge
 
 
 @MegatronModelBridge.register_bridge(source=MistralForCausalLM, target=GPTModel, model_type="mistral")
 class MistralBridge(MegatronModelBridge):
-    CONFIG_RULES = (WINDOW,)
-
     def mapping_registry(self) -> MegatronMappingRegistry:
         return MegatronMappingRegistry(*embeddings(), *attention(), *gated_mlp())
 
 
 @MegatronModelBridge.register_bridge(source=MixtralForCausalLM, target=GPTModel, model_type="mixtral")
 class MixtralBridge(MegatronModelBridge):
-    CONFIG_RULES = (WINDOW,)
     # All layers have experts, and their width is what the config calls intermediate_size. Renormalised top-k
     # probabilities are softmax over the chosen logits.
     CONFIG_MAPPING = [*MegatronModelBridge.CONFIG_MAPPING, ("intermediate_size", "moe_ffn_hidden_size")]

@@ -4,14 +4,12 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Phi3ForCausalLM
 
 from bridges.blocks import attention, embeddings, gated_mlp
-from bridges.config_rules import WINDOW
 from bridges.mapping import MegatronMappingRegistry
 from bridges.model_bridge import MegatronModelBridge
 
 
 @MegatronModelBridge.register_bridge(source=Phi3ForCausalLM, target=GPTModel, model_type="phi3")
 class Phi3Bridge(MegatronModelBridge):
-    CONFIG_RULES = (WINDOW,)
     CONFIG_MAPPING = [*MegatronModelBridge.CONFIG_MAPPING, ("resid_pdrop", "hidden_dropout")]
     HF_FIXED = {"embd_pdrop": 0.0, "attention_bias": False}
     HF_INERT = MegatronModelBridge.HF_INERT | {

@@ -4,14 +4,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Qwen2ForCausalLM, Qwen2MoeForCausalLM
 
 from bridges.blocks import attention, embeddings, gated_mlp, moe
-from bridges.config_rules import MOE_LAYERS, NORM_TOPK, WINDOW
+from bridges.config_rules import MOE_LAYERS, NORM_TOPK
 from bridges.mapping import MegatronMappingRegistry
 from bridges.model_bridge import MegatronModelBridge
 
 
 @MegatronModelBridge.register_bridge(source=Qwen2ForCausalLM, target=GPTModel, model_type="qwen2")
 class Qwen2Bridge(MegatronModelBridge):
-    CONFIG_RULES = (WINDOW,)
     MEGATRON_DEFAULTS = {"add_qkv_bias": True}
 
     def mapping_registry(self) -> MegatronMappingRegistry:
@@ -20,7 +19,7 @@ class Qwen2Bridge(MegatronModelBridge):
 
 @MegatronModelBridge.register_bridge(source=Qwen2MoeForCausalLM, target=GPTModel, model_type="qwen2_moe")
 class Qwen2MoeBridge(MegatronModelBridge):
-    CONFIG_RULES = (WINDOW, NORM_TOPK, MOE_LAYERS)
+    CONFIG_RULES = (NORM_TOPK, MOE_LAYERS)
     CONFIG_MAPPING = [*MegatronModelBridge.CONFIG_MAPPING, ("qkv_bias", "add_qkv_bias")]
     MEGATRON_DEFAULTS = {"moe_shared_expert_gate": True}
 

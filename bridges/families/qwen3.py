@@ -4,14 +4,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from bridges.blocks import attention, embeddings, gated_mlp, moe
-from bridges.config_rules import MOE_LAYERS, NORM_TOPK, WINDOW
+from bridges.config_rules import MOE_LAYERS, NORM_TOPK
 from bridges.mapping import MegatronMappingRegistry
 from bridges.model_bridge import MegatronModelBridge
 
 
 @MegatronModelBridge.register_bridge(source=Qwen3ForCausalLM, target=GPTModel, model_type="qwen3")
 class Qwen3Bridge(MegatronModelBridge):
-    CONFIG_RULES = (WINDOW,)
     HF_FIXED = {"attention_bias": False}
     MEGATRON_DEFAULTS = {"qk_layernorm": True}
 
@@ -21,7 +20,7 @@ class Qwen3Bridge(MegatronModelBridge):
 
 @MegatronModelBridge.register_bridge(source=Qwen3MoeForCausalLM, target=GPTModel, model_type="qwen3_moe")
 class Qwen3MoeBridge(MegatronModelBridge):
-    CONFIG_RULES = (WINDOW, NORM_TOPK, MOE_LAYERS)
+    CONFIG_RULES = (NORM_TOPK, MOE_LAYERS)
     HF_FIXED = {"attention_bias": False}
     MEGATRON_DEFAULTS = {"qk_layernorm": True}
 

@@ -4,14 +4,14 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import SmolLM3ForCausalLM
 
 from bridges.blocks import attention, embeddings, gated_mlp
-from bridges.config_rules import NO_ROPE_LAYERS, WINDOW
+from bridges.config_rules import NO_ROPE_LAYERS
 from bridges.mapping import MegatronMappingRegistry
 from bridges.model_bridge import MegatronModelBridge
 
 
 @MegatronModelBridge.register_bridge(source=SmolLM3ForCausalLM, target=GPTModel, model_type="smollm3")
 class SmolLM3Bridge(MegatronModelBridge):
-    CONFIG_RULES = (WINDOW, NO_ROPE_LAYERS)
+    CONFIG_RULES = (NO_ROPE_LAYERS,)
     HF_FIXED = {"attention_bias": False, "mlp_bias": False}
 
     def mapping_registry(self) -> MegatronMappingRegistry:
