@@ -30,6 +30,7 @@ import toy_models
 from bridges import AutoBridge
 from bridges.checkpoint import Checkpoint, same_bytes
 from harness import cli, convert, goldens
+from harness.ranks import Ranks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Q = "model.layers.3.self_attn.q_proj.weight"
@@ -67,6 +68,7 @@ def goldengate(folder: Path, *args: str | Path, before: Callable[[], None] = lam
                 os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), descriptor)
             sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
             sys.argv = ["goldengate", *map(str, args)]
+            Ranks._active = None  # ranks of other tests are not the command's to end
             before()
             cli.main()
             code = 0

@@ -151,11 +151,15 @@ def test_inputs_are_pinned_distinct_between_rows_and_longer_than_every_window():
         assert config.get("pad_token_id") not in ids.flatten().tolist()
 
 
-@pytest.mark.parametrize("row", MOE_ROWS)
+SOFTMAX_ROWS = [row for row in MOE_ROWS if "n_routed_experts" not in toy_models.config_dict(row)]
+
+
+@pytest.mark.parametrize("row", SOFTMAX_ROWS)
 def test_no_router_is_undecided_and_no_expert_idle(row):
     """Else rounding picks an expert, or an expert's weights do not matter; then change `_inputs_seed`.
 
-    The margin between the last chosen expert and the next is in router logits, whose own noise is about 1e-6.
+    The margin between the last chosen expert and the next is in router logits, whose own noise is about 1e-6. Routers with
+    a choosing bias are modules of another shape; for them a tie shows when the golden is made, as fp32 against fp64.
     """
     model = toy_models.build(row)
     margins, uses = [], []
@@ -285,7 +289,7 @@ def test_a_tied_tensor_is_made_once_under_its_first_name():
     assert torch.equal(model.lm_head.weight, expected)
 
 
-@pytest.mark.parametrize("name", ["A_log", "weight", "e_score_correction_bias"])
+@pytest.mark.parametrize("name", ["A_log", "weight", "conv1d"])
 def test_a_tensor_of_unknown_role_is_refused_before_anything_is_written(name):
     model = nn.ModuleDict({"norm": nn.RMSNorm(4), "mixer": nn.Module()})
     model["mixer"].register_parameter(name, nn.Parameter(torch.zeros(4)))
