@@ -117,6 +117,8 @@ class MegatronModelBridge:
 
     _BASE_RULES: ClassVar[tuple[Rule, ...]] = (ROPE, DTYPE, HEAD_DIM, WINDOW)
     registration: ClassVar[Registration | None] = None
+    # The config of the model at hand, set by AutoBridge; some names on disk count from the number of layers.
+    hf_config: PreTrainedConfig | None = None
 
     # -- registration ------------------------------------------------------------------------------------------------
 
@@ -279,5 +281,7 @@ class MegatronModelBridge:
     def mapping_registry(self) -> MegatronMappingRegistry:
         raise NotImplementedError(f"{type(self).__name__} does not say which tensors its parameters are made of")
 
+    # Hugging Face tensors (patterns with *) that repeat another one: compared on import, written again on export.
+    REPEATED_TENSORS: ClassVar[dict[str, str]] = {}
     # Hugging Face tensors (patterns with *) that no Megatron parameter needs, each with the reason.
     IGNORED_TENSORS: ClassVar[dict[str, str]] = {}

@@ -134,6 +134,7 @@ class GPTModelProvider(TransformerConfig):
             self.pipeline_dtype = self.params_dtype
         self.check_layout()
         chunks = [["decoder"] * len(layers) for layers in self.layout.chunk_layers(self.num_layers)]
+        chunks[-1] += ["mtp"] * (self.mtp_num_layers or 0)
         if self.pipeline_model_parallel_size > 1:
             # Always explicit: uneven splits, virtual stages and MTP stages are then one mechanism.
             chunks[0].insert(0, "embedding")
@@ -169,6 +170,13 @@ class GPTModelProvider(TransformerConfig):
         """Megatron's own block spec; on a CPU its Transformer Engine modules are those of bridges.cpu_backend."""
         return gpt_layer_specs.get_gpt_decoder_block_spec(self, use_transformer_engine=True, vp_stage=vp_stage)
 
+    def mtp_spec(self, vp_stage: int | None) -> Any:
+        """The heads of multi-token prediction, where this chunk has them; each runs a layer like the decoder's last."""
+        if not self.mtp_num_layers:
+            return None
+        last = gpt_layer_specs.get_gpt_decoder_layer_specs(self, use_transformer_engine=True)[-1]
+        return gpt_layer_specs.get_gpt_mtp_block_spec(self, last, use_transformer_engine=True, vp_stage=vp_stage)
+
     def provide(self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> GPTModel:
         """One model chunk for this rank (process groups must exist)."""
         if not self._final:
@@ -180,6 +188,7 @@ class GPTModelProvider(TransformerConfig):
         model = GPTModel(
             config=self,
             transformer_layer_spec=self.layer_spec(vp_stage),
+            mtp_block_spec=self.mtp_spec(vp_stage),
             vocab_size=self.padded_vocab_size,
             max_sequence_length=self.max_position_embeddings,
             pre_process=pre_process,

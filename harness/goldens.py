@@ -35,7 +35,7 @@ class Golden:
     """A row's reference values.
 
     `tensors` has at least `inputs`, int64 [batch, sequence], and `logits`, float32 [batch, sequence,
-    vocab]; further references (MTP logits, gradient fingerprints) are further keys. `provenance` says where
+    vocab]; rows with multi-token prediction have `mtp_logits_<k>`, float32 [batch, sequence - k, vocab]. `provenance` says where
     they come from: row, config_hash, weights_hash, tensors_hash, seed, versions, command, reason, noise
     (relative RMS of fp32_vs_fp64 and eager_vs_sdpa) and gate (the relative RMS limit).
     """
@@ -51,6 +51,11 @@ class Golden:
     @property
     def logits(self) -> torch.Tensor:
         return self.tensors["logits"]
+
+    @property
+    def mtp_logits(self) -> list[torch.Tensor]:
+        """[batch, sequence - k, vocab] of the heads k = 1, 2, ... (none for most rows)."""
+        return [self.tensors[name] for name in sorted(self.tensors) if name.startswith("mtp_logits_")]
 
     @property
     def gate(self) -> float:
@@ -131,13 +136,13 @@ def compute(row: str, reason: str, command: str) -> Golden:
         raise ValueError(f"row {row}: a golden needs a reason; give one with: {regen_command(row)}")
     ids = toy_models.inputs(row)
     model = toy_models.build(row)
-    logits = _logits(model, ids)
-    sdpa = _logits(toy_models.build(row, attn_implementation="sdpa"), ids)
+    found = reference_logits(model, ids)
+    sdpa = reference_logits(toy_models.build(row, attn_implementation="sdpa"), ids)
     with _Double():
-        exact = _logits(toy_models.build(row, dtype=torch.float64), ids)
+        exact = reference_logits(toy_models.build(row, dtype=torch.float64), ids)
     noise = {
-        "eager_vs_sdpa": _three_digits(relative_rms(sdpa, logits)),
-        "fp32_vs_fp64": _three_digits(relative_rms(logits, exact)),
+        "eager_vs_sdpa": _three_digits(max(relative_rms(sdpa[key], found[key]) for key in found)),
+        "fp32_vs_fp64": _three_digits(max(relative_rms(found[key], exact[key]) for key in found)),
     }
     if noise["eager_vs_sdpa"] > GATE:
         raise ValueError(
@@ -149,7 +154,7 @@ def compute(row: str, reason: str, command: str) -> Golden:
             f"row {row}: HF in fp32 and in fp64 differ by {noise['fp32_vs_fp64']} (limit {GATE}), as when "
             f"two experts tie and rounding picks one; try another _inputs_seed in toy_models/rows/{row}.json"
         )
-    tensors = {"inputs": ids, "logits": logits}
+    tensors = {"inputs": ids, **found}
     provenance = {
         "row": row,
         "config_hash": hash_config(toy_models.config_dict(row)),
@@ -199,9 +204,13 @@ def _three_digits(value: float) -> float:
     return float(f"{value:.2e}")
 
 
-def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def reference_logits(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`logits` [batch, sequence, vocab] of a toy model and `mtp_logits_<k>` [batch, sequence - k, vocab] of its heads."""
     with torch.no_grad():
-        return model(ids, use_cache=False).logits
+        found = {"logits": model(ids, use_cache=False).logits}
+        heads = getattr(model, "mtp", None)
+        extra = toy_models.mtp.logits(heads, model, ids) if heads is not None else []
+    return found | {f"mtp_logits_{k}": tensor for k, tensor in enumerate(extra, start=1)}
 
 
 def _drift(new: Golden) -> Drift:

@@ -5,22 +5,27 @@
 - hf_config(row): the transformers config made from it
 - build(row): the HF model with random, pairwise distinct weights, in eval mode
 - inputs(row): token ids [4, 24]
+- mtp: the multi-token prediction heads of rows that have them
 - write(row, folder): a checkpoint folder with the published tensor names
 - write_config_checkpoint(...): the same for a dense config of real size, never held in memory
 - random_tensor, randomise: the weight generator
 - weights_hash(model): one hash over names, dtypes, shapes and bytes
 """
 
-from toy_models.builder import build, config_dict, hf_config, inputs, rows
+from toy_models import mtp
+from toy_models.builder import attach_mtp, build, config_dict, hf_config, inputs, mtp_spec, rows
 from toy_models.checkpoint import write, write_config_checkpoint
 from toy_models.randomise import SEED, random_tensor, randomise, weights_hash
 
 __all__ = [
     "SEED",
+    "attach_mtp",
     "build",
     "config_dict",
     "hf_config",
     "inputs",
+    "mtp",
+    "mtp_spec",
     "random_tensor",
     "randomise",
     "rows",

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import MtpModel
 
+from toy_models import mtp
 from toy_models.randomise import generator, randomise
 
 ROWS = Path(__file__).parent / "rows"
@@ -27,7 +29,7 @@ def config_dict(row: str) -> dict:
 
 @cache
 def _read(row: str) -> dict:
-    """The row's file over its base's. Keys with an underscore are ours: `_base`, `_inputs_seed`."""
+    """The row's file over its base's. Keys with an underscore are ours: `_base`, `_inputs_seed`, `_mtp`."""
     if row not in rows():
         near = difflib.get_close_matches(row, rows(), cutoff=0.3) or rows()
         raise ValueError(f"no toy row {row!r}; nearest: {', '.join(near)}")
@@ -45,13 +47,26 @@ def build(row: str, *, dtype: torch.dtype = torch.float32, attn_implementation: 
     """The row's HF model in eval mode, every parameter and persistent buffer random.
 
     The random values are float32, rounded to `dtype` if that is narrower. A mixture of experts runs HF's
-    plain loop over experts and not a grouped kernel.
+    plain loop over experts and not a grouped kernel. The heads of a row with multi-token prediction are its
+    attribute `mtp`, which is None for other rows; they are no part of its state dict.
     """
     model = AutoModelForCausalLM.from_config(
         hf_config(row), dtype=dtype, attn_implementation=attn_implementation, experts_implementation="eager"
     )
     randomise(model)
+    spec = mtp_spec(row)
+    attach_mtp(model, mtp.make(spec, model) if spec else None)
     return model.eval()
+
+
+def mtp_spec(row: str) -> dict | None:
+    """What the row's file says of its multi-token prediction heads, see toy_models.mtp."""
+    return copy.deepcopy(_read(row).get("_mtp"))
+
+
+def attach_mtp(model: PreTrainedModel, heads: MtpModel | None) -> None:
+    """Beside the main model and not below it, where transformers would save them under wrong names."""
+    object.__setattr__(model, "mtp", heads)
 
 
 def inputs(row: str) -> torch.Tensor:

@@ -3,15 +3,18 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from toy_models.builder import build, config_dict
+from toy_models import mtp
+from toy_models.builder import build, config_dict, mtp_spec
 from toy_models.randomise import SEED, kind_of, named_tensors, random_blocks
 
 _SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -36,8 +39,26 @@ def write(row: str, folder: str | Path, *, dtype: torch.dtype | None = None, sha
     # Files are filled one after another, so each but the last ends at most one tensor short of its limit.
     limit = sum(sizes) if shards == 1 else math.ceil(sum(sizes) / shards) + max(sizes)
     model.save_pretrained(folder, max_shard_size=limit)
+    if spec := mtp_spec(row):
+        _add_tensors(folder, lambda main: mtp.published(spec, model.mtp, model.config.num_hidden_layers, main))
     _write_json(folder / "config.json", {**config, "torch_dtype": str(stored).removeprefix("torch.")})
     return folder
+
+
+def _add_tensors(folder: Path, more: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Add what `more` makes of the checkpoint's tensors: into its one file, or as a further shard."""
+    files = sorted(folder.glob("*.safetensors"))
+    main = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    added = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in more(main).items()}
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        save_file({**main, **added}, files[0], {"format": "pt"})
+        return
+    save_file(added, folder / "model-mtp.safetensors", {"format": "pt"})
+    content = json.loads(index.read_text())
+    content["weight_map"] |= dict.fromkeys(added, "model-mtp.safetensors")
+    content["metadata"]["total_size"] += sum(tensor.nbytes for tensor in added.values())
+    _write_json(index, content)
 
 
 def write_config_checkpoint(

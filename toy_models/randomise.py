@@ -103,8 +103,11 @@ def randomise(model: nn.Module, seed: int = SEED) -> None:
 
 
 def weights_hash(weights: nn.Module | Mapping[str, torch.Tensor]) -> str:
-    """sha256 over name, dtype, shape and bytes of every tensor by name; a model means its state dict."""
-    tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    """sha256 over name, dtype, shape and bytes of every tensor by name; a model means its state dict, with that of its
+    multi-token prediction heads."""
+    tensors = dict(weights.state_dict() if isinstance(weights, nn.Module) else weights)
+    if (heads := getattr(weights, "mtp", None)) is not None:
+        tensors |= {f"mtp.{name}": tensor for name, tensor in heads.state_dict().items()}
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()

@@ -3,7 +3,7 @@
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 
-from bridges import mla
+from bridges import mla, mtp
 from bridges.blocks import embeddings, gated_mlp, moe
 from bridges.config_rules import FIRST_K_DENSE, GROUPS, NORM_TOPK, SHARED_EXPERTS, SIGMOID_ROUTER
 from bridges.mapping import MegatronMappingRegistry
@@ -16,23 +16,21 @@ class LatentMoeBridge(MegatronModelBridge):
     """What both have in common."""
 
     CONFIG_MAPPING = [*MegatronModelBridge.CONFIG_MAPPING, *mla.CONFIG_MAPPING]
-    CONFIG_RULES = (*mla.RULES, FIRST_K_DENSE, SHARED_EXPERTS)
+    CONFIG_RULES = (*mla.RULES, FIRST_K_DENSE, SHARED_EXPERTS, mtp.DEPTH)
     HF_FIXED = {
         "attention_bias": False,
         "mlp_bias": False,
         "rope_interleave": True,
-        "num_nextn_predict_layers": 0,
-        "num_mtp_layers": 0,
         "ep_size": 1,
     }
     HF_INERT = MegatronModelBridge.HF_INERT | {"seq_aux", "aux_loss_alpha"}
+    REPEATED_TENSORS = mtp.REPEATED_TENSORS
     # transformers gives the norms of both latents this epsilon, whatever rms_norm_eps says.
     MEGATRON_DEFAULTS = {"latent_norm_epsilon": 1e-6}
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        return MegatronMappingRegistry(
-            *embeddings(), *mla.attention(), *gated_mlp(), *moe(expert_bias=BIAS, shared="shared_experts")
-        )
+        layer = [*mla.attention(), *gated_mlp(), *moe(expert_bias=BIAS, shared="shared_experts")]
+        return MegatronMappingRegistry(*embeddings(), *layer, *mtp.heads(layer, self.hf_config))
 
 
 @MegatronModelBridge.register_bridge(
