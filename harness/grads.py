@@ -51,8 +51,14 @@ def check_grads(bench: Bench) -> Outcome:
 
 
 def _cotangent(subject: Subject) -> np.ndarray:
-    shape = tuple(subject.golden.logits.shape)
-    return toy_models.random_tensor(f"cotangent of {subject.row}", shape, kind="matrix")
+    """[1 + heads, batch, sequence, vocab] for the main model's logits and those of its heads of multi-token prediction,
+    zero at the last k places of head k, which have no token to see."""
+    golden = subject.golden
+    whole = np.zeros((1 + len(golden.mtp_logits), *golden.logits.shape), np.float32)
+    for k, logits in enumerate([golden.logits, *golden.mtp_logits]):
+        name = f"cotangent of {subject.row}" + (f" head {k}" if k else "")
+        whole[k, :, : logits.shape[1]] = toy_models.random_tensor(name, tuple(logits.shape), kind="matrix")
+    return whole
 
 
 def hf_gradients(subject: Subject, cotangent: np.ndarray) -> dict[str, torch.Tensor]:
@@ -61,16 +67,23 @@ def hf_gradients(subject: Subject, cotangent: np.ndarray) -> dict[str, torch.Ten
     Renaming and fusing are linear, so a model whose weights are the gradients is saved like any other.
     """
     if subject.gradients is None:
-        model = toy_models.build(subject.row)
-        logits = model(subject.golden.inputs, use_cache=False).logits
-        (logits * torch.from_numpy(cotangent)).sum().backward()
+        model: Any = toy_models.build(subject.row)
+        ids, weights = subject.golden.inputs, torch.from_numpy(cotangent)
+        made = [model(ids, use_cache=False).logits]
+        if spec := toy_models.mtp_spec(subject.row):
+            made += toy_models.mtp.logits(model.mtp, model, ids)
+        loss = sum((one * weight[:, : one.shape[1]]).sum() for one, weight in zip(made, weights, strict=True))
+        torch.autograd.backward(loss)
         buffers = {name for name, _ in model.named_buffers()}
-        for parameter in model.parameters():
+        for parameter in (p for part in (model, model.mtp) if part is not None for p in part.parameters()):
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             with Checkpoint.open(folder) as saved:
-                subject.gradients = {n: saved.view(n).clone() for n in saved.tensors if n not in buffers}
+                found = {n: saved.view(n).clone() for n in saved.tensors if n not in buffers}
+        if spec:
+            found |= toy_models.mtp.published(spec, model.mtp, model.config.num_hidden_layers, found, buffers=False)
+        subject.gradients = found
     return subject.gradients
 
 
@@ -87,6 +100,7 @@ def backward(input_ids: np.ndarray, cotangent: np.ndarray) -> tuple[dict[str, np
         DistributedDataParallel(provider, DistributedDataParallelConfig(), chunk) for chunk in this.chunks
     ]
     provider.finalize_model_grads_func = finalize_model_grads
+    provider.mtp_loss_scaling_factor = 0.0  # Megatron adds a loss of its own for each head
     for chunk in wrapped:
         chunk.zero_grad_buffer()
 
@@ -95,7 +109,7 @@ def backward(input_ids: np.ndarray, cotangent: np.ndarray) -> tuple[dict[str, np
     positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp)
     size = max(batch // layout.pp, 1)
     tokens = ids[:, positions].split(size)
-    weights = torch.from_numpy(cotangent).roll(-coords.dp, 0)[:, positions].split(size)
+    weights = torch.from_numpy(cotangent).roll(-coords.dp, 1)[:, :, positions].split(size, dim=1)
     position_ids = positions[None].expand(tokens[0].shape)
 
     def step(iterator, model):
@@ -104,20 +118,27 @@ def backward(input_ids: np.ndarray, cotangent: np.ndarray) -> tuple[dict[str, np
         def loss(logits):
             start = coords.tp * logits.size(-1)
             local = weight[..., start : start + logits.size(-1)]
+            made.pop()  # the main model's once more, and before them its heads'
+            heads = [one.transpose(0, 1) for one in made]
+            made.clear()
+            total = sum(
+                (one[..., : local.size(-1)] * part).sum() for one, part in zip([logits, *heads], local, strict=True)
+            )
             # The schedule averages over microbatches; this is a sum.
-            return (logits[..., : local.size(-1)] * local).sum() * len(tokens), {}
+            return total * len(tokens), {}
 
         return model(piece, position_ids, None), loss
 
-    get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=[iter(list(zip(tokens, weights, strict=True))) for _ in wrapped],
-        model=wrapped,
-        num_microbatches=len(tokens),
-        seq_length=length,
-        micro_batch_size=tokens[0].shape[0],
-        forward_only=False,
-    )
+    with jobs.recorded_heads(this.chunks) as made:
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[iter(list(zip(tokens, weights, strict=True))) for _ in wrapped],
+            model=wrapped,
+            num_microbatches=len(tokens),
+            seq_length=length,
+            micro_batch_size=tokens[0].shape[0],
+            forward_only=False,
+        )
     without = sorted({copy.hf for t in tasks if not t.tensor.requires_grad for copy in t.copies})
     for task in tasks:
         task.tensor = getattr(task.tensor, "main_grad", task.tensor)
