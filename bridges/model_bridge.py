@@ -227,6 +227,8 @@ class MegatronModelBridge:
                 config["model_type"] = registration.model_type
         config["hidden_act"] = cls.megatron_to_hf_activation(provider.activation_func)
         for hf, megatron in cls.CONFIG_MAPPING:
+            if megatron.startswith("moe_") and not provider.num_moe_experts:
+                continue  # Megatron has defaults for experts that are not there
             if (value := getattr(provider, megatron, None)) is not None:
                 config[hf] = value
         for rule in cls._rules():
