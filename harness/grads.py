@@ -104,12 +104,12 @@ def backward(input_ids: np.ndarray, cotangent: np.ndarray) -> tuple[dict[str, np
     for chunk in wrapped:
         chunk.zero_grad_buffer()
 
-    ids = torch.from_numpy(input_ids).roll(-coords.dp, 0)
+    ids = torch.from_numpy(input_ids).roll(-coords.dp, 0).to(jobs.device())
     batch, length = ids.shape
-    positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp)
+    positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp).to(jobs.device())
     size = max(batch // layout.pp, 1)
     tokens = ids[:, positions].split(size)
-    weights = torch.from_numpy(cotangent).roll(-coords.dp, 1)[:, :, positions].split(size, dim=1)
+    weights = torch.from_numpy(cotangent).to(jobs.device()).roll(-coords.dp, 1)[:, :, positions].split(size, dim=1)
     position_ids = positions[None].expand(tokens[0].shape)
 
     def step(iterator, model):

@@ -57,6 +57,11 @@ def use_layout(layout: Layout) -> None:
     _groups = key
 
 
+def device() -> torch.device:
+    """Where this rank's model is."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def set_current(value: Current) -> None:
     global _current
     _current = value
@@ -142,7 +147,7 @@ def activations(input_ids: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]:
     finally:
         for handle in handles:
             handle.remove()
-    return coords, {name: torch.cat(pieces).roll(coords.dp, 0).numpy() for name, pieces in found.items()}
+    return coords, {name: torch.cat(pieces).roll(coords.dp, 0).cpu().numpy() for name, pieces in found.items()}
 
 
 @contextmanager
@@ -171,11 +176,11 @@ def forward(input_ids: np.ndarray) -> tuple[Any, np.ndarray | None]:
     """
     this = current()
     layout, coords = current_layout(this.provider)
-    ids = torch.from_numpy(input_ids).roll(-coords.dp, 0)
+    ids = torch.from_numpy(input_ids).roll(-coords.dp, 0).to(device())
     batch, length = ids.shape
     if length % (layout.cp * 2 if layout.cp > 1 else 1) or (length // layout.cp) % (layout.tp if layout.sp else 1):
         raise ValueError(f"{length} tokens cannot be cut for cp={layout.cp}, tp={layout.tp} with sp={layout.sp}")
-    positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp)
+    positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp).to(device())
     microbatches = list(ids[:, positions].split(max(batch // layout.pp, 1)))
     position_ids = positions[None].expand(microbatches[0].shape)
 
@@ -198,7 +203,7 @@ def forward(input_ids: np.ndarray) -> tuple[Any, np.ndarray | None]:
     heads = len(made) // len(microbatches)
     order = [heads - 1, *range(heads - 1)]
     whole = torch.stack([torch.cat(made[h::heads], dim=1).transpose(0, 1).float() for h in order])
-    return coords, whole.roll(coords.dp, 1).numpy()
+    return coords, whole.roll(coords.dp, 1).cpu().numpy()
 
 
 def export(folder: str) -> None:
@@ -227,7 +232,7 @@ def take_shards() -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarra
     out = []
     for shard in sharded_tensors():
         if is_main_replica(shard.replica_id):
-            values = _with_axes(shard, shard.data.detach()).numpy().copy()
+            values = _with_axes(shard, shard.data.detach()).cpu().numpy().copy()
             out.append((shard.key, tuple(shard.global_shape), tuple(shard.global_offset), values))
     return out
 
