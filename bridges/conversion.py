@@ -97,8 +97,6 @@ def global_tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, tor
         for name, tensor in chunk.state_dict(keep_vars=True).items():
             if not torch.is_tensor(tensor) or name.endswith("_extra_state"):
                 continue
-            if name == OUTPUT and chunk.share_embeddings_and_output_weights and chunk.mtp_process:
-                continue  # the head there is the MTP stage's embedding; Megatron allocates this one and never reads it
             if match := re.match(r"decoder\.layers\.(\d+)\.", name):
                 name = f"decoder.layers.{layers[int(match[1])]}.{name[match.end() :]}"
             if match := _EXPERT.match(name):

@@ -200,6 +200,10 @@ class GPTModelProvider(TransformerConfig):
             rotary_base=int(self.rotary_base),
             vp_stage=vp_stage,
         )
+        if self.share_embeddings_and_output_weights and model.mtp_process and post_process:
+            # The head reads the embedding there. Megatron 0.19 allocates a weight all the same where this is not the first
+            # stage, never reads it, and fails to save the model because of it.
+            model.output_layer.weight = None
         if (frequencies := self.rope_frequencies()) is not None:
             model.rotary_pos_emb = Rotary(
                 frequencies, interleaved=self.rotary_interleaved, cp_group=model.pg_collection.cp
