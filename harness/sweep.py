@@ -172,7 +172,7 @@ def run_cells(bench: Bench, checks: Sequence[str]) -> tuple[list[Cell], float]:
 
 def has_experts(row: str) -> bool:
     config = toy_models.config_dict(row)
-    return any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
 
 
 def mechanisms(row: str) -> list[str]:
