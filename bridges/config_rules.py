@@ -121,16 +121,10 @@ NORM_TOPK = Rule(  # renormalising the chosen probabilities is softmax over the 
 )
 
 
-def _first_k_dense_to_megatron(config: HF) -> Fields:
-    if (step := _get(config, "moe_layer_freq", 1)) != 1:
-        raise ValueError(f"moe_layer_freq = {step!r} is not built: transformers reads first_k_dense_replace alone")
-    return {"moe_layer_freq": [int(i >= config.first_k_dense_replace) for i in range(config.num_hidden_layers)]}
-
-
 FIRST_K_DENSE = Rule(
-    ("first_k_dense_replace", "moe_layer_freq", "mlp_layer_types"),
-    _first_k_dense_to_megatron,
-    lambda p: {"first_k_dense_replace": p.moe_layer_freq.index(1), "moe_layer_freq": None},
+    ("first_k_dense_replace", "mlp_layer_types"),
+    lambda c: {"moe_layer_freq": [int(i >= c.first_k_dense_replace) for i in range(c.num_hidden_layers)]},
+    lambda p: {"first_k_dense_replace": p.moe_layer_freq.index(1)},
 )
 
 

@@ -58,19 +58,22 @@ def _cotangent(subject: Subject) -> np.ndarray:
 def hf_gradients(subject: Subject, cotangent: np.ndarray) -> dict[str, torch.Tensor]:
     """Hugging Face's gradients under the names of the published checkpoint.
 
-    Renaming and fusing are linear, so a model whose weights are the gradients is saved like any other.
+    Renaming and fusing are linear, so a model whose weights are the gradients is saved like any other. What has none by
+    nature (buffers, frozen parameters) is NaN there.
     """
     if subject.gradients is None:
         model = toy_models.build(subject.row)
         logits = model(subject.golden.inputs, use_cache=False).logits
         (logits * torch.from_numpy(cotangent)).sum().backward()
-        buffers = {name for name, _ in model.named_buffers()}
         for parameter in model.parameters():
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for frozen in (*model.buffers(), *(p.data for p in model.parameters() if not p.requires_grad)):
+            frozen.fill_(torch.nan)
         with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
+            toy_models.save(subject.row, model, folder)
             with Checkpoint.open(folder) as saved:
-                subject.gradients = {n: saved.view(n).clone() for n in saved.tensors if n not in buffers}
+                found = {n: saved.view(n).clone() for n in saved.tensors}
+        subject.gradients = {n: gradient for n, gradient in found.items() if not gradient.isnan().all()}
     return subject.gradients
 
 

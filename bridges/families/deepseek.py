@@ -24,6 +24,7 @@ class LatentMoeBridge(MegatronModelBridge):
         "num_nextn_predict_layers": 0,
         "num_mtp_layers": 0,
         "ep_size": 1,
+        "moe_layer_freq": 1,
     }
     HF_INERT = MegatronModelBridge.HF_INERT | {"seq_aux", "aux_loss_alpha"}
     # transformers gives the norms of both latents this epsilon, whatever rms_norm_eps says.
@@ -36,7 +37,11 @@ class LatentMoeBridge(MegatronModelBridge):
 
 
 @MegatronModelBridge.register_bridge(
-    source=DeepseekV3ForCausalLM, target=GPTModel, provider=mla.MLAModelProvider, model_type="deepseek_v3"
+    source=DeepseekV3ForCausalLM,
+    target=GPTModel,
+    provider=mla.MLAModelProvider,
+    model_type="deepseek_v3",
+    aliases=("kimi_k2",),
 )
 class DeepseekV3Bridge(LatentMoeBridge):
     CONFIG_RULES = (*LatentMoeBridge.CONFIG_RULES, GROUPS)

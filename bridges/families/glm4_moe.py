@@ -19,7 +19,7 @@ class Glm4MoeBridge(MegatronModelBridge):
         ("use_qk_norm", "qk_layernorm"),
     ]
     CONFIG_RULES = (FIRST_K_DENSE, GROUPS, SHARED_EXPERTS)
-    HF_FIXED = {"norm_topk_prob": True, "num_nextn_predict_layers": 0, "num_mtp_layers": 0}
+    HF_FIXED = {"norm_topk_prob": True, "moe_layer_freq": 1, "num_nextn_predict_layers": 0, "num_mtp_layers": 0}
     HF_DEFAULTS = {"partial_rotary_factor": 1.0}  # absent it would mean a half
     MEGATRON_DEFAULTS = SIGMOID_ROUTER
 
