@@ -36,6 +36,7 @@ class Registration:
     target: type | None
     provider: type[GPTModelProvider]
     model_type: str | None
+    aliases: tuple[str, ...] = ()  # further model types that config.json may carry for the same model
 
 
 _REGISTERED: dict[str, Registration] = {}
@@ -80,6 +81,8 @@ class MegatronModelBridge:
     HF_DEFAULTS: ClassVar[dict[str, Any]] = {}
     # Fields that change the computation and of which only this value is built.
     HF_FIXED: ClassVar[dict[str, Any]] = {}
+    # For a model type that transformers does not have: the fields that config.json must state, and those that we write.
+    HF_FIELDS: ClassVar[frozenset[str]] = frozenset()
     # Fields that do not change what the forward computes.
     HF_INERT: ClassVar[frozenset[str]] = frozenset(
         {
@@ -130,8 +133,13 @@ class MegatronModelBridge:
         target: type | None = None,
         provider: type[GPTModelProvider] | None = None,
         model_type: str | None = None,
+        aliases: tuple[str, ...] = (),
     ):
-        """Class decorator. `source` is a transformers class or the name that config.json gives in `architectures`."""
+        """Class decorator. `source` is a transformers class or the name that config.json gives in `architectures`.
+
+        A config.json whose model type transformers does not have is read without the code that it ships when the model
+        type is `model_type` or one of `aliases`: as `model_type`'s config class, or as it stands where there is none.
+        """
         architecture = source if isinstance(source, str) else source.__name__
 
         def register(bridge: type[MegatronModelBridge]) -> type[MegatronModelBridge]:
@@ -142,7 +150,7 @@ class MegatronModelBridge:
                     _REGISTERED[architecture].bridge.__name__,
                     architecture,
                 )
-            registration = Registration(bridge, architecture, target, provider or GPTModelProvider, model_type)
+            registration = Registration(bridge, architecture, target, provider or GPTModelProvider, model_type, aliases)
             bridge.registration = _REGISTERED[architecture] = registration
             return bridge
 
@@ -153,11 +161,15 @@ class MegatronModelBridge:
         return sorted(_REGISTERED)
 
     @staticmethod
+    def registered(architectures: list[str] | None) -> Registration | None:
+        """The registration for a config's `architectures`, if there is one."""
+        return next((_REGISTERED[a] for a in architectures or () if a in _REGISTERED), None)
+
+    @staticmethod
     def find(architectures: list[str] | None) -> Registration:
         """The registration for a config's `architectures`. ConfigError names the architecture and the nearest known."""
-        for architecture in architectures or ():
-            if architecture in _REGISTERED:
-                return _REGISTERED[architecture]
+        if registration := MegatronModelBridge.registered(architectures):
+            return registration
         name = (architectures or ["(none given)"])[0]
         near = difflib.get_close_matches(name, _REGISTERED, n=1)
         raise ConfigError(
@@ -178,6 +190,8 @@ class MegatronModelBridge:
         known = {hf for hf, _ in cls.CONFIG_MAPPING} | {f for rule in cls._rules() for f in rule.hf}
         known |= {"hidden_act", "hidden_activation"} | cls.HF_INERT
         values = {**config.to_dict(), **(raw or {})}
+        if missing := [name for name in sorted(cls.HF_FIELDS) if values.get(name) is None]:
+            raise ConfigError(f"config field {missing[0]} is missing: only the model's own code knows its default")
         for name, value in sorted(values.items()):
             if name in cls.HF_FIXED:
                 if value not in (cls.HF_FIXED[name], None):
@@ -247,10 +261,10 @@ class MegatronModelBridge:
             config = {k: v for k, v in config.items() if k in fields}
         return config
 
-    @staticmethod
-    def _declared_fields(model_type: str | None) -> set[str]:
+    @classmethod
+    def _declared_fields(cls, model_type: str | None) -> set[str]:
         if not model_type or model_type not in HF_CONFIG_CLASSES:
-            return set()
+            return set(cls.HF_FIELDS | cls.HF_FIXED.keys()) if cls.HF_FIELDS else set()
         blank = HF_CONFIG_CLASSES[model_type]()
         return set(blank.to_dict()) | set(blank.attribute_map)
 

@@ -48,9 +48,10 @@ def heads(
     `block` is what stands between it and the names of the head's decoder layer. `hidden_first`: on disk the projection's
     columns are [hidden state | embedding], in Megatron [embedding | hidden state].
     """
-    depth = DEPTH.to_megatron(config)["mtp_num_layers"] or 0 if config is not None else 0
     mappings: list[Mapping] = []
-    for k in range(depth):
+    if config is None:
+        return mappings
+    for k in range(DEPTH.to_megatron(config)["mtp_num_layers"] or 0):
         m, hf = f"mtp.layers.{k}", prefix.format(k=k, n=config.num_hidden_layers + k)
         swap = SwappedColumnsMapping if hidden_first else AutoMapping
         mappings += [

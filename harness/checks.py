@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import CONFIG_MAPPING as HF_CONFIG_CLASSES
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import toy_models
 from bridges import AutoBridge, Layout, MegatronModelBridge
@@ -60,7 +59,7 @@ class Subject:
         """Write the row's checkpoint below `folder` and load its golden; ValueError when that is stale."""
         golden = goldens.load(row)
         model = toy_models.build(row)
-        config_hash = goldens.hash_config(toy_models.config_dict(row))
+        config_hash = goldens.hash_config(toy_models.golden_key(row))
         if stale := goldens.check_fresh(row, config_hash, toy_models.weights_hash(model)):
             raise ValueError(stale)
         return cls(row, toy_models.write(row, folder / "hf"), golden, bridge)
@@ -127,11 +126,11 @@ def check_config(bench: Bench) -> Outcome:
         **{k: v for k, v in original.items() if k in inert | set(auto._model_bridge.HF_FIXED)},  # carried over
         **json.loads(json.dumps(type(auto._model_bridge).megatron_to_hf_config(provider))),
     }
-    kind = HF_CONFIG_CLASSES[original["model_type"]]
-    before, after = (kind.from_dict(dict(c)).to_dict() for c in (original, regenerated))
+    before, after = (toy_models.hf_config(subject.row, c).to_dict() for c in (original, regenerated))
     fields = [f for f in sorted({*before, *after}) if f not in inert]
     wrong = [f"{f}: {after.get(f)!r} should be {before.get(f)!r}" for f in fields if before.get(f) != after.get(f)]
-    model = type(subject.reference)._from_config(kind.from_dict(dict(regenerated)), attn_implementation="eager")
+    config = toy_models.hf_config(subject.row, regenerated)
+    model = type(subject.reference)._from_config(config, attn_implementation="eager")
     try:
         model.load_state_dict(subject.reference.state_dict(), strict=True)
     except RuntimeError as error:
@@ -355,20 +354,9 @@ def check_reload(bench: Bench) -> Outcome:
 
 def _reload(subject: Subject, folder: Path) -> Outcome:
     golden = subject.golden
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32, ignore_mismatched_sizes=True
-    )
-    model, info = loaded
-    # transformers leaves the heads of multi-token prediction to MtpModel; there they may not be missing either.
-    spec = toy_models.mtp_spec(subject.row)
-    of_heads: set[str] = set()
-    if spec:
-        names = (toy_models.mtp.published, toy_models.mtp.placed)
-        heads, layers = subject.reference.mtp, model.config.num_hidden_layers
-        of_heads = {name for found in names for name in found(spec, heads, layers)}
-    toy_models.attach_mtp(model, toy_models.mtp.load(spec, model, folder) if spec else None)
+    model, info = toy_models.load(subject.row, folder, dtype=torch.float32, ignore_mismatched_sizes=True)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, set(info[problem]) - of_heads)):
+        if keys := sorted(map(str, info[problem])):
             return Outcome(False, len(keys), 0, problem.replace("_", " "), f"{problem}: {', '.join(keys[:4])}")
     if toy_models.weights_hash(model) != toy_models.weights_hash(subject.reference):
         found = model.state_dict()

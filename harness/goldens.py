@@ -157,7 +157,7 @@ def compute(row: str, reason: str, command: str) -> Golden:
     tensors = {"inputs": ids, **found}
     provenance = {
         "row": row,
-        "config_hash": hash_config(toy_models.config_dict(row)),
+        "config_hash": hash_config(toy_models.golden_key(row)),
         "weights_hash": toy_models.weights_hash(model),
         "tensors_hash": toy_models.weights_hash(tensors),
         "seed": toy_models.SEED,

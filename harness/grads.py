@@ -64,26 +64,27 @@ def _cotangent(subject: Subject) -> np.ndarray:
 def hf_gradients(subject: Subject, cotangent: np.ndarray) -> dict[str, torch.Tensor]:
     """Hugging Face's gradients under the names of the published checkpoint.
 
-    Renaming and fusing are linear, so a model whose weights are the gradients is saved like any other.
+    Renaming and fusing are linear, so a model whose weights are the gradients is saved like any other. What has none by
+    nature (buffers, frozen parameters) is NaN there.
     """
     if subject.gradients is None:
         model: Any = toy_models.build(subject.row)
         ids, weights = subject.golden.inputs, torch.from_numpy(cotangent)
         made = [model(ids, use_cache=False).logits]
-        if spec := toy_models.mtp_spec(subject.row):
+        if model.mtp is not None:
             made += toy_models.mtp.logits(model.mtp, model, ids)
-        loss = sum((one * weight[:, : one.shape[1]]).sum() for one, weight in zip(made, weights, strict=True))
-        torch.autograd.backward(loss)
-        buffers = {name for name, _ in model.named_buffers()}
-        for parameter in (p for part in (model, model.mtp) if part is not None for p in part.parameters()):
+        torch.autograd.backward([(one * w[:, : one.shape[1]]).sum() for one, w in zip(made, weights, strict=True)])
+        parts = [part for part in (model, model.mtp) if part is not None]
+        for parameter in (p for part in parts for p in part.parameters()):
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for part in parts:
+            for frozen in (*part.buffers(), *(p.data for p in part.parameters() if not p.requires_grad)):
+                frozen.fill_(torch.nan)
         with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
+            toy_models.save(subject.row, model, folder)
             with Checkpoint.open(folder) as saved:
-                found = {n: saved.view(n).clone() for n in saved.tensors if n not in buffers}
-        if spec:
-            found |= toy_models.mtp.published(spec, model.mtp, model.config.num_hidden_layers, found, buffers=False)
-        subject.gradients = found
+                found = {n: saved.view(n).clone() for n in saved.tensors}
+        subject.gradients = {n: gradient for n, gradient in found.items() if not gradient.isnan().all()}
     return subject.gradients
 
 

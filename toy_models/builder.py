@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import MtpModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from toy_models import mtp
 from toy_models.randomise import generator, randomise
+from toy_models.reference import native_config
 
 ROWS = Path(__file__).parent / "rows"
 BATCH, SEQUENCE = 4, 24
@@ -29,7 +31,7 @@ def config_dict(row: str) -> dict:
 
 @cache
 def _read(row: str) -> dict:
-    """The row's file over its base's. Keys with an underscore are ours: `_base`, `_inputs_seed`, `_mtp`."""
+    """The row's file over its base's. Keys with an underscore are ours: `_base`, `_inputs_seed`, `_mtp`, `_reference`."""
     if row not in rows():
         near = difflib.get_close_matches(row, rows(), cutoff=0.3) or rows()
         raise ValueError(f"no toy row {row!r}; nearest: {', '.join(near)}")
@@ -37,10 +39,26 @@ def _read(row: str) -> dict:
     return {**_read(config["_base"]), **config} if "_base" in config else config
 
 
-def hf_config(row: str) -> PretrainedConfig:
-    """The row as a transformers config, read the way a hub config.json is (rope_theta, rope_scaling, ...)."""
-    config = config_dict(row)
-    return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+def reference_of(row: str) -> dict | None:
+    """How transformers computes a model that it has no class for, see toy_models.reference; None where it has one."""
+    return copy.deepcopy(_read(row).get("_reference"))
+
+
+def golden_key(row: str) -> dict:
+    """What a golden depends on beside weights and inputs."""
+    return config_dict(row) | {key: value for key, value in _read(row).items() if key in ("_mtp", "_reference")}
+
+
+def hf_config(row: str, config: dict | None = None) -> PretrainedConfig:
+    """The row (or another config.json of its family) as a transformers config, read the way a hub config.json is
+    (rope_theta, rope_scaling, ...)."""
+    native = native_config(reference_of(row), config_dict(row) if config is None else copy.deepcopy(config))
+    return CONFIG_MAPPING[native["model_type"]].from_dict(native)
+
+
+def reference_class(row: str) -> str:
+    """The name of the transformers class that is the row's truth."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config(row).model_type]
 
 
 def build(row: str, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "eager") -> PreTrainedModel:

@@ -38,7 +38,10 @@ def make(spec: dict[str, Any], model: PreTrainedModel) -> MtpModel:
     config.mtp_hidden_states_first = spec.get("hidden_first", False)
     if getattr(config, "layer_types", None) is not None:
         config.mtp_layer_types = ["full_attention"] * spec["layers"]
-    heads = MtpModel(main, spec["layers"]).to(model.dtype).eval()
+    if getattr(config, "mlp_layer_types", None) is not None:
+        config.mtp_mlp_layer_types = config.mlp_layer_types[-1:] * spec["layers"]
+    heads: Any = MtpModel(main, spec["layers"])
+    heads = heads.to(model.dtype).eval()
     with torch.no_grad():
         for name, tensor in parameters(heads).items():
             values = random_tensor(f"mtp.{name}", tensor.shape, kind=kind_of(name, tensor.shape))
@@ -51,12 +54,10 @@ def parameters(heads: MtpModel) -> dict[str, torch.Tensor]:
     return {n: t for n, t in heads.state_dict(keep_vars=True).items() if not n.startswith(SHARED)}
 
 
-def placed(spec: dict[str, Any], heads: MtpModel, num_layers: int, *, buffers: bool = True) -> dict[str, torch.Tensor]:
+def placed(spec: dict[str, Any], heads: MtpModel, num_layers: int) -> dict[str, torch.Tensor]:
     """The heads' tensors where the checkpoint has them, experts still fused."""
     out = {}
     for name, parameter in parameters(heads).items():
-        if not buffers and not isinstance(parameter, torch.nn.Parameter):
-            continue
         match = re.fullmatch(r"layers\.(\d+)\.(\w+)\.(.+)", name)
         assert match, f"{name}: not a name of MtpModel's"
         prefix = spec["names"][match[2]].format(k=int(match[1]), n=num_layers + int(match[1]))
@@ -69,15 +70,13 @@ def published(
     heads: MtpModel,
     num_layers: int,
     main: dict[str, torch.Tensor] | None = None,
-    *,
-    buffers: bool = True,
 ) -> dict[str, torch.Tensor]:
     """The heads' tensors under their names on disk, as views, so that the same names serve writing and reading.
 
     `main` holds the main model's tensors by published name, for the copies; without it these are empty.
     """
     out: dict[str, torch.Tensor] = {}
-    for name, tensor in placed(spec, heads, num_layers, buffers=buffers).items():
+    for name, tensor in placed(spec, heads, num_layers).items():
         experts, _, kind = name.rpartition(".")
         for e, one in enumerate(tensor if experts.endswith(".experts") else ()):
             if kind == "gate_up_proj":

@@ -1,11 +1,11 @@
-"""DeepSeek-V2-Lite and V3, and what is built like V3: Moonlight, Kimi-K2."""
+"""DeepSeek-V2, V2-Lite and V3, and what is built like V3: Moonlight, Kimi-K2."""
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 
 from bridges import mla, mtp
 from bridges.blocks import embeddings, gated_mlp, moe
-from bridges.config_rules import FIRST_K_DENSE, GROUPS, NORM_TOPK, SHARED_EXPERTS, SIGMOID_ROUTER
+from bridges.config_rules import FIRST_K_DENSE, GROUPS, SHARED_EXPERTS, SIGMOID_ROUTER, TOPK_METHOD
 from bridges.mapping import MegatronMappingRegistry
 from bridges.model_bridge import MegatronModelBridge
 
@@ -22,6 +22,7 @@ class LatentMoeBridge(MegatronModelBridge):
         "mlp_bias": False,
         "rope_interleave": True,
         "ep_size": 1,
+        "moe_layer_freq": 1,
     }
     HF_INERT = MegatronModelBridge.HF_INERT | {"seq_aux", "aux_loss_alpha"}
     REPEATED_TENSORS = mtp.REPEATED_TENSORS
@@ -34,7 +35,11 @@ class LatentMoeBridge(MegatronModelBridge):
 
 
 @MegatronModelBridge.register_bridge(
-    source=DeepseekV3ForCausalLM, target=GPTModel, provider=mla.MLAModelProvider, model_type="deepseek_v3"
+    source=DeepseekV3ForCausalLM,
+    target=GPTModel,
+    provider=mla.MLAModelProvider,
+    model_type="deepseek_v3",
+    aliases=("kimi_k2",),
 )
 class DeepseekV3Bridge(LatentMoeBridge):
     CONFIG_RULES = (*LatentMoeBridge.CONFIG_RULES, GROUPS)
@@ -50,7 +55,7 @@ class DeepseekV3Bridge(LatentMoeBridge):
     source=DeepseekV2ForCausalLM, target=GPTModel, provider=mla.MLAModelProvider, model_type="deepseek_v2"
 )
 class DeepseekV2Bridge(LatentMoeBridge):
-    # Group-limited selection by a group's best expert is not Megatron's (the sum of its best): refused.
-    CONFIG_RULES = (*LatentMoeBridge.CONFIG_RULES, NORM_TOPK)
-    HF_FIXED = LatentMoeBridge.HF_FIXED | {"topk_method": "greedy", "scoring_func": "softmax"}
-    HF_INERT = LatentMoeBridge.HF_INERT | {"n_group", "topk_group"}  # read by group-limited selection alone
+    CONFIG_RULES = (*LatentMoeBridge.CONFIG_RULES, TOPK_METHOD)
+    # Neither published models nor transformers renormalise the chosen probabilities.
+    HF_FIXED = LatentMoeBridge.HF_FIXED | {"norm_topk_prob": False, "scoring_func": "softmax"}
+    MEGATRON_DEFAULTS = LatentMoeBridge.MEGATRON_DEFAULTS | {"moe_router_pre_softmax": True}
