@@ -14,6 +14,7 @@ import toy_models
 from harness.compare import relative_rms
 from toy_models import builder, checkpoint
 from toy_models.randomise import kind_of, named_tensors, random_blocks
+from toy_models.reference import native_config, publish, restore
 
 ROWS = toy_models.rows()
 MOE_ROWS = [row for row in ROWS if {"num_experts_per_tok", "moe_k"} & toy_models.config_dict(row).keys()]
@@ -74,8 +75,10 @@ def test_a_config_is_a_copy_without_our_own_keys():
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_hub_config_arrives_in_transformers(row):
-    """Every key that transformers keeps has config.json's value; rope keys arrive in rope_parameters."""
-    hub, config = toy_models.config_dict(row), toy_models.hf_config(row)
+    """Every key that transformers keeps has config.json's value; rope keys arrive in rope_parameters. Where transformers
+    has no such class, they arrive under the names of the class that stands for it."""
+    published, config = toy_models.config_dict(row), toy_models.hf_config(row)
+    hub = native_config(toy_models.reference_of(row), published)
     rope = {"rope_type": "default", "rope_theta": hub["rope_theta"], **(hub.get("rope_scaling") or {})}
     rope |= {key: hub[key] for key in ["partial_rotary_factor"] if key in hub}
     assert config.rope_parameters == rope
@@ -85,7 +88,9 @@ def test_the_hub_config_arrives_in_transformers(row):
         assert not config.sliding_window
     for key in hub.keys() - derived:
         assert getattr(config, key) == hub[key], key
-    assert type(toy_models.build(row)).__name__ == hub["architectures"][0]
+    built = type(toy_models.build(row)).__name__
+    assert built == toy_models.reference_class(row)
+    assert (built == hub["architectures"][0]) or toy_models.reference_of(row)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -385,9 +390,7 @@ def test_transformers_loads_what_is_written(row, tmp_path):
     assert index["weight_map"] == {name: file for file, tensors in files.items() for name in tensors}
     assert ("lm_head.weight" in index["weight_map"]) != toy_models.config_dict(row)["tie_word_embeddings"]
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, attn_implementation="eager", experts_implementation="eager"
-    )
+    model, info = toy_models.load(row, folder, experts_implementation="eager")
     # transformers reads the heads of multi-token prediction with a model of their own: tests/test_mtp.py
     assert not {key for key in info["unexpected_keys"] if not re.match(r"model\.(layers\.8|mtp_layers)\.", key)}
     assert not any(value for kind, value in info.items() if kind != "unexpected_keys"), info
@@ -411,20 +414,76 @@ PUBLISHED = {
         "mlp.gate_up_proj.weight",
         "mlp.down_proj.weight",
     },
+    "bailing_moe_v2": {f"attention.{name}.weight" for name in ("query_key_value", "dense")}
+    | {"attention.query_layernorm.weight", "attention.key_layernorm.weight", "attention.query_key_value.bias"}
+    | {"mlp.gate.weight", "mlp.gate.expert_bias"}
+    | {f"mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")}
+    | {f"mlp.experts.{e}.{name}_proj.weight" for e in range(16) for name in ("gate", "up", "down")},
 }
 
 
 @pytest.mark.parametrize("row", PUBLISHED)
 def test_names_on_disk_are_the_published_ones(row, tmp_path):
-    """Those of the Mixtral, Qwen3-MoE and Phi-3 repositories; in memory transformers fuses the experts."""
+    """Those of the Mixtral, Qwen3-MoE, Phi-3 and Ling-2.0 repositories; in memory transformers fuses the experts."""
     tensors = read_folder(toy_models.write(row, tmp_path))
     layer = {name.removeprefix(LAYER) for name in tensors if name.startswith(LAYER)}
     assert layer == PUBLISHED[row] | NORMS
     assert {name for name in tensors if ".layers." not in name} == {
-        "model.embed_tokens.weight",
+        "model.word_embeddings.weight" if row == "bailing_moe_v2" else "model.embed_tokens.weight",
         "model.norm.weight",
         "lm_head.weight",
     }
+
+
+RENAMED = {"tensors": [["self_attn.q", "attention.qkv"], ["self_attn.v", "attention.qkv"], ["emb", "word"]]}
+
+
+def test_native_tensors_of_one_published_name_lie_in_it_one_after_the_other():
+    """In the order of the table, whatever the order of the tensors; `restore` is the inverse."""
+    native = {
+        "self_attn.v": torch.arange(2.0),
+        "self_attn.q": torch.arange(3.0) + 5,
+        "emb": torch.ones(1),
+        "x": torch.ones(2),
+    }
+    published = publish(RENAMED, native)
+    assert {name: t.tolist() for name, t in published.items()} == {
+        "attention.qkv": [5, 6, 7, 0, 1],
+        "word": [1],
+        "x": [1, 1],
+    }
+    back = restore(RENAMED, published, {name: t.shape for name, t in native.items()})
+    assert toy_models.weights_hash(back) == toy_models.weights_hash(native)
+    assert publish(None, native) == native
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "missing", "unexpected"),
+    [
+        ("word", None, {"emb"}, set()),
+        ("extra", 2, set(), {"extra"}),
+        ("attention.qkv", 6, {"self_attn.q", "self_attn.v"}, {"attention.qkv"}),
+        ("attention.qkv", None, {"self_attn.q", "self_attn.v"}, set()),
+    ],
+)
+def test_a_published_tensor_that_is_missing_left_over_or_of_another_size_shows_in_the_keys(
+    name, shape, missing, unexpected
+):
+    shapes = {"self_attn.q": (3,), "self_attn.v": (2,), "emb": (1,)}
+    published = {"attention.qkv": torch.zeros(5), "word": torch.zeros(1)}
+    if shape is None:
+        del published[name]
+    else:
+        published[name] = torch.zeros(shape)
+    keys = restore(RENAMED, published, shapes).keys()
+    assert (shapes.keys() - keys, keys - shapes.keys()) == (missing, unexpected)
+
+
+def test_fields_of_a_published_config_are_renamed_dropped_and_added():
+    reference = {"model_type": "b", "fields": {"num_experts": "n_routed_experts", "use_bias": None}, "config": {"x": 1}}
+    config = {"model_type": "a", "num_experts": 4, "use_bias": False, "auto_map": {}, "hidden_size": 8}
+    assert native_config(reference, config) == {"model_type": "b", "n_routed_experts": 4, "hidden_size": 8, "x": 1}
+    assert native_config(None, config) == config
 
 
 def test_experts_on_disk_are_slices_of_the_fused_tensors(tmp_path):

@@ -62,6 +62,7 @@ def save(row: str, model: PreTrainedModel, folder: str | Path, *, shards: int = 
         for file in folder.glob("*.safetensors"):
             file.unlink()
         _write_files(folder, main | added, names)
+    _write_json(folder / "config.json", config_dict(row))
 
 
 def _write_files(folder: Path, tensors: dict[str, torch.Tensor], files: list[list[str]]) -> None:
