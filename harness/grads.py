@@ -68,7 +68,7 @@ def hf_gradients(subject: Subject, cotangent: np.ndarray) -> dict[str, torch.Ten
         for parameter in model.parameters():
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
+            toy_models.save(model, folder)
             with Checkpoint.open(folder) as saved:
                 subject.gradients = {n: saved.view(n).clone() for n in saved.tensors if n not in buffers}
     return subject.gradients

@@ -6,13 +6,14 @@
 - build(row): the HF model with random, pairwise distinct weights, in eval mode
 - inputs(row): token ids [4, 24]
 - write(row, folder): a checkpoint folder with the published tensor names
+- save(model, folder): the same for a model at hand, a row's with other weights, say
 - write_config_checkpoint(...): the same for a dense config of real size, never held in memory
 - random_tensor, randomise: the weight generator
 - weights_hash(model): one hash over names, dtypes, shapes and bytes
 """
 
 from toy_models.builder import build, config_dict, hf_config, inputs, rows
-from toy_models.checkpoint import write, write_config_checkpoint
+from toy_models.checkpoint import save, write, write_config_checkpoint
 from toy_models.randomise import SEED, random_tensor, randomise, weights_hash
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "random_tensor",
     "randomise",
     "rows",
+    "save",
     "weights_hash",
     "write",
     "write_config_checkpoint",

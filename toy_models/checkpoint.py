@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from toy_models.builder import build, config_dict
@@ -22,7 +22,7 @@ def write(row: str, folder: str | Path, *, dtype: torch.dtype | None = None, sha
 
     dtype: of the tensors and of config.json's torch_dtype; None keeps the row's own. shards: how many files
     to aim for; with one there is no index file. The names on disk are the published ones (Mixtral's
-    `block_sparse_moe.experts.0.w1`, ...), which transformers restores on saving for every row here.
+    `block_sparse_moe.experts.0.w1`, ...), see `save`.
     config.json is the row's own dict: the one that transformers saves is not in the hub's format
     (`rope_parameters`, ...).
     """
@@ -35,9 +35,19 @@ def write(row: str, folder: str | Path, *, dtype: torch.dtype | None = None, sha
     sizes = [tensor.nbytes for tensor in named_tensors(model).values()]
     # Files are filled one after another, so each but the last ends at most one tensor short of its limit.
     limit = sum(sizes) if shards == 1 else math.ceil(sum(sizes) / shards) + max(sizes)
-    model.save_pretrained(folder, max_shard_size=limit)
+    save(model, folder, max_shard_size=limit)
     _write_json(folder / "config.json", {**config, "torch_dtype": str(stored).removeprefix("torch.")})
     return folder
+
+
+# transformers has a conversion that would save experts one by one; these are published as they are in memory, fused.
+_PUBLISHED_AS_IN_MEMORY = ("qwen3_5_moe_text",)
+
+
+def save(model: PreTrainedModel, folder: str | Path, **kwargs) -> None:
+    """`model.save_pretrained` with the published names and shapes."""
+    as_in_memory = model.config.model_type in _PUBLISHED_AS_IN_MEMORY
+    model.save_pretrained(folder, save_original_format=not as_in_memory, **kwargs)
 
 
 def write_config_checkpoint(
