@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,18 +58,30 @@ class GatedDeltaNetProvider(GPTModelProvider):
         spec: Any = variant_specs.get_transformer_block_with_experimental_attention_variant_spec(self, vp_stage)
         for layer in spec.layer_specs:
             modules = layer.submodules.self_attention.submodules
-            # Layers share one spec: the name of the norm is changed once.
-            if isinstance(modules, GatedDeltaNetSubmodules) and not issubclass(modules.out_norm, _PlainNorm):
-                modules.out_norm = type("PlainNorm", (_PlainNorm,), {"norm": staticmethod(modules.out_norm)})
+            # Layers share one spec: the norm in it is changed once.
+            norm: Any = getattr(modules, "out_norm", None)
+            if isinstance(modules, GatedDeltaNetSubmodules) and not issubclass(norm, _PlainNorm):
+                modules.out_norm = type("PlainNorm", (_PlainNorm,), {"norm": staticmethod(norm)})
         return spec
 
     def provide(self, *args, **kwargs) -> GPTModel:
         model = super().provide(*args, **kwargs)
         for module in model.modules():
             if isinstance(module, GatedDeltaNet):
-                for parameter in (module.A_log, module.out_norm.weight):
+                gamma: Any = module.out_norm.weight
+                for parameter in (module.A_log, gamma):
                     parameter.data = parameter.data.float()
+                # Each rank sees its own heads. Megatron sums the gradients of replicated norms over tensor parallel with
+                # sequence parallelism, and without it those of the q and k norms alone.
+                if module.tp_size > 1 and not self.sequence_parallel:
+                    gamma.register_hook(partial(_sum_over, module.tp_group))
         return model
+
+
+def _sum_over(group, gradient: torch.Tensor) -> torch.Tensor:
+    whole = gradient.clone()
+    torch.distributed.all_reduce(whole, group=group)
+    return whole
 
 
 class _PlainNorm:
