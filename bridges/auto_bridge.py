@@ -122,8 +122,10 @@ class AutoBridge:
         """The Megatron-Core configuration on one rank, finalized."""
         return self.to_megatron_provider(load_weights=False).finalize()
 
-    def mapping_registry(self) -> MegatronMappingRegistry:
-        return self._model_bridge.mapping_registry()
+    def mapping_registry(self, source: Checkpoint | None = None) -> MegatronMappingRegistry:
+        """The mappings for a checkpoint; for the published form where a family's checkpoints differ and none is given."""
+        registry = self._model_bridge.mapping_registry()
+        return registry.for_tensors(source.tensors) if source else registry
 
     def megatron_to_hf_config(self, provider: GPTModelProvider) -> dict[str, Any]:
         """config.json for a provider: the source's own file where there is one, with the fields that changed patched."""
@@ -148,13 +150,19 @@ class AutoBridge:
         chunks: Sequence = model if isinstance(model, list | tuple) else [model]
         shapes = {name: info.shape for name, info in source.tensors.items()}
         return build_tasks(
-            chunks, self.mapping_registry(), shapes, _config(chunks), self.repeated_tensors(source, _config(chunks))
+            chunks,
+            self.mapping_registry(source),
+            shapes,
+            _config(chunks),
+            self.repeated_tensors(source, _config(chunks)),
         )
 
     def repeated_tensors(self, source: Checkpoint, provider: GPTModelProvider) -> dict[str, str]:
         """{tensor of the checkpoint: the one of which it is a second copy}."""
         tied = provider.share_embeddings_and_output_weights
-        return repeated_tensors(self._model_bridge.REPEATED_TENSORS, self.mapping_registry(), source.tensors, tied=tied)
+        return repeated_tensors(
+            self._model_bridge.REPEATED_TENSORS, self.mapping_registry(source), source.tensors, tied=tied
+        )
 
     def load_hf_weights(
         self, model, hf_path: str | os.PathLike | None = None, *, lossy: bool = False, progress: Progress | None = None
@@ -175,7 +183,9 @@ class AutoBridge:
             everyone: list = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, used)
             used = set().union(*everyone)
-        if left := unused_tensors(self.mapping_registry(), source.tensors, used, self._model_bridge.IGNORED_TENSORS):
+        if left := unused_tensors(
+            self.mapping_registry(source), source.tensors, used, self._model_bridge.IGNORED_TENSORS
+        ):
             more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
             raise PlanError(
                 f"{source.path}: tensor {left[0]} is not used by any Megatron parameter{more}; map it in "

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from bridges.mapping import (
+    ROW,
     AutoMapping,
     ConcatenatedGatedMLPMapping,
     ConcatenatedQKVMapping,
     GatedMLPMapping,
     Mapping,
+    Part,
     QKVMapping,
 )
 
@@ -109,3 +111,27 @@ def moe(
     if shared_gate:
         mappings.append(AutoMapping(f"{m}.shared_experts.gate_weight", f"{b}.{shared_gate}.weight"))
     return mappings
+
+
+def fused_experts(*, layer: str = HF_LAYER, block: str = "mlp") -> list[Mapping]:
+    """Routed experts in two tensors for all of them: gate_up_proj [E, gate and up, in], down_proj [E, out, in]."""
+    m, b = f"{MEGATRON_LAYER}.mlp.experts", f"{layer}.{block}.experts"
+    gate_up, down = f"{b}.gate_up_proj", f"{b}.down_proj"
+    return [
+        Mapping(
+            f"{m}.linear_fc1.weight*",
+            (
+                Part(gate_up, "e ([*t f | t f]) h -> t ; f ; h"),
+                Part(gate_up, "e ([t f | *t f]) h -> t ; f ; h"),
+            ),
+        ),
+        Mapping(f"{m}.linear_fc2.weight*", (Part(down, "e o (t i) -> t ; o ; i"),), sharding=ROW),
+    ]
+
+
+def either(*forms: list[Mapping]) -> list[Mapping]:
+    """Forms in which checkpoints of a family come, the published one first; a checkpoint's tensor names decide."""
+    variants = [mapping for form in forms for mapping in form]
+    for mapping in variants:
+        mapping.variant = True
+    return variants

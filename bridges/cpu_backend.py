@@ -33,12 +33,18 @@ def normalise(x, weight, bias, config: TransformerConfig, eps: float) -> torch.T
 
     Statistics are taken in fp32, like both references (Transformer Engine and Hugging Face).
     """
-    gamma = weight + 1 if config.layernorm_zero_centered_gamma else weight
+    gamma = weight.float() + 1 if config.layernorm_zero_centered_gamma else weight.float()
     x32 = x.float()
     if config.normalization == "LayerNorm":
-        return F.layer_norm(x32, x.shape[-1:], gamma.float(), bias.float(), eps).to(x.dtype)
+        return F.layer_norm(x32, x.shape[-1:], gamma, bias.float(), eps).to(x.dtype)
     x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (x32 * gamma.float()).to(x.dtype)
+    return (x32 * gamma).to(x.dtype)
+
+
+def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """x over its length along the last dim, as fla has it: eps is added to the squared length."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 class Norm(torch.nn.Module):

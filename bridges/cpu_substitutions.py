@@ -75,7 +75,7 @@ def _numpy_split_sizes(tensor, as_numpy: bool = False, record_stream: bool = Fal
 
 def _megatron_symbols() -> dict[tuple[str, str], Any]:
     """(module, attribute) -> replacement, for Megatron's own look-ups."""
-    from bridges.cpu_backend import CPUSpecProvider, DuplicatedLinear, Norm
+    from bridges.cpu_backend import CPUSpecProvider, DuplicatedLinear, Norm, l2norm
 
     core = "megatron.core"
     return {
@@ -85,6 +85,14 @@ def _megatron_symbols() -> dict[tuple[str, str], Any]:
         (f"{core}.models.gpt.moe_module_specs", "TESpecProvider"): CPUSpecProvider,
         (f"{core}.extensions.transformer_engine_spec_provider", "TESpecProvider"): CPUSpecProvider,
         (f"{core}.transformer.multi_latent_attention", "TELinear"): DuplicatedLinear,
+        # Gated delta nets: the layer specs insist on Transformer Engine, the module on fla, of which its plain PyTorch path
+        # (deterministic_mode) uses this one function.
+        (
+            f"{core}.models.gpt.experimental_attention_variant_module_specs",
+            "_get_backend_spec_provider",
+        ): lambda config: CPUSpecProvider(),
+        (f"{core}.ssm.gated_delta_net.common", "HAVE_FLA"): True,
+        (f"{core}.ssm.gated_delta_net.common", "l2norm"): l2norm,
         (
             f"{core}.tensor_parallel.random",
             "_get_cuda_rng_state",
@@ -94,6 +102,17 @@ def _megatron_symbols() -> dict[tuple[str, str], Any]:
         ),
         (f"{core}.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu"): _numpy_split_sizes,
     }
+
+
+# Methods that Megatron hands to torch.compile, which would run a C++ compiler in every rank: taken as they are written.
+COMPILED: dict[tuple[str, str], tuple[str, ...]] = {
+    ("megatron.core.transformer.attention", "Attention"): ("_apply_output_gate",),
+    ("megatron.core.ssm.gated_delta_net.common", "_GDNBase"): (
+        "_apply_gated_norm",
+        "_prepare_input_for_gated_delta_rule",
+        "_compute_g_and_beta",
+    ),
+}
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -133,5 +152,10 @@ def install() -> None:
                 f"{module}.{attribute} is gone from this megatron-core: the CPU backend needs its new name"
             )
         setattr(home, attribute, replacement)
+    for (module, owner), methods in COMPILED.items():
+        home = getattr(importlib.import_module(module), owner)
+        for method in methods:
+            written = getattr(home, method)
+            setattr(home, method, getattr(written, "_torchdynamo_orig_callable", written))
     _installed = _CudaMeansCpu()
     _installed.__enter__()

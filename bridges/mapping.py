@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bridges.views import parse
@@ -62,6 +62,7 @@ class Mapping:
     sizes: dict[str, int | str] = field(
         default_factory=dict
     )  # symbol -> number, or the provider attribute that holds it
+    variant: bool = False  # one of several forms on disk, see MegatronMappingRegistry.for_tensors
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -211,6 +212,12 @@ class SwappedColumnsMapping(Mapping):
         super().__init__(megatron_param, (Part(hf_param, second), Part(hf_param, first)), side_by_side=True)
 
 
+def _occur(mapping: Mapping, names: Collection[str]) -> bool:
+    """Does each of the mapping's tensors occur, for some number in the place of each *?"""
+    patterns = {re.escape(part.hf).replace(r"\*", r"\d+") for part in mapping.parts}
+    return all(any(re.fullmatch(pattern, name) for name in names) for pattern in patterns)
+
+
 class MegatronMappingRegistry:
     """The mappings of one model, found by Megatron name. The first that matches wins.
 
@@ -231,6 +238,13 @@ class MegatronMappingRegistry:
                 self._patterns.append((re.compile(regex), mapping))
             else:
                 self._exact.setdefault(mapping.megatron_param, mapping)
+
+    def for_tensors(self, names: Collection[str]) -> MegatronMappingRegistry:
+        """The registry for a checkpoint that holds the tensors `names`: variants whose tensors do not occur are left out,
+        unless no variant's do; then the first stands for all in what errors say."""
+        found = [m for m in self.mappings if not m.variant or _occur(m, names)]
+        known = {m.megatron_param for m in found}
+        return type(self)(*found, *(m for m in self.mappings if m.megatron_param not in known))
 
     def __iter__(self) -> Iterator[Mapping]:
         return iter(self.mappings)

@@ -159,7 +159,7 @@ def check_complete(bench: Bench) -> Outcome:
     """Every HF tensor and every Megatron parameter and buffer exactly once: the proof on metadata for the layout, the
     real ranks' names and shapes against the pure functions, and no NaN left of the poison."""
     subject, layout = bench.subject, bench.layout
-    registry = subject.auto_bridge.mapping_registry()
+    registry = subject.auto_bridge.mapping_registry(subject.source)
     provider = subject.auto_bridge.to_megatron_provider(load_weights=False).apply_layout(layout)
     shapes = {name: info.shape for name, info in subject.source.tensors.items()}
     faults: list[str] = []

@@ -183,13 +183,15 @@ def mechanisms(row: str) -> list[str]:
         "MoE": has_experts(row),
         "shared expert": c.get("shared_expert_intermediate_size") or c.get("n_shared_experts"),
         "MLA": c.get("kv_lora_rank"),
+        "GDN": c.get("linear_num_key_heads"),
+        "gated attention": c.get("attn_output_gate") or c.get("model_type") == "qwen3_next",
         "sigmoid router": c.get("scoring_func") == "sigmoid",
         "square experts": row.endswith("-square"),
         "tied": c.get("tie_word_embeddings"),
         "sliding window": c.get("sliding_window") and c.get("use_sliding_window", True),
         f"rope {scaling.get('rope_type')}": scaling.get("rope_type", "default") != "default",
         "layers without rope": c.get("no_rope_layers"),
-        "fused on disk": c.get("model_type") == "phi3",
+        "fused on disk": c.get("model_type") in ("phi3", "qwen3_5_moe_text"),
     }
     return ["MoE" if has_experts(row) else "dense", *(name for name, has in tests.items() if has and name != "MoE")]
 

@@ -79,7 +79,8 @@ def test_the_hub_config_arrives_in_transformers(row):
     has no such class, they arrive under the names of the class that stands for it."""
     published, config = toy_models.config_dict(row), toy_models.hf_config(row)
     hub = native_config(toy_models.reference_of(row), published)
-    rope = {"rope_type": "default", "rope_theta": hub["rope_theta"], **(hub.get("rope_scaling") or {})}
+    theta = {"rope_theta": hub["rope_theta"]} if "rope_theta" in hub else hub["rope_parameters"]
+    rope = {"rope_type": "default", **theta, **(hub.get("rope_scaling") or {})}
     rope |= {key: hub[key] for key in ["partial_rotary_factor"] if key in hub}
     assert config.rope_parameters == rope
     derived = {"rope_theta", "rope_scaling", "torch_dtype", "transformers_version", "partial_rotary_factor"}
@@ -106,7 +107,8 @@ def test_rows_differ_in_their_norm_epsilon_and_rope_base():
     """A value taken from another row, or a default, is never right by luck."""
     bases = [toy_models.config_dict(row) for row in ROWS if not row.endswith("-square")]
     assert len({config["rms_norm_eps"] for config in bases}) == len(bases)
-    assert len({config["rope_theta"] for config in bases}) == len(bases)
+    thetas = {{**config, **config.get("rope_parameters", {})}["rope_theta"] for config in bases}
+    assert len(thetas) == len(bases)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,13 @@ def test_blocks_do_not_show_in_the_values(count):
 
 @pytest.mark.parametrize(
     ("kind", "mean", "std"),
-    [("matrix", 0, 1.5 / 16), ("embedding", 0, 1), ("norm", 1, 0.3 / 3**0.5), ("bias", 0, 0.6 / 3**0.5)],
+    [
+        ("matrix", 0, 1.5 / 16),
+        ("embedding", 0, 1),
+        ("norm", 1, 0.3 / 3**0.5),
+        ("bias", 0, 0.6 / 3**0.5),
+        ("decay", -1, 1 / 3**0.5),
+    ],
 )
 def test_random_tensor_has_the_stated_moments(kind, mean, std):
     values = toy_models.random_tensor("a", (1024, 256), kind=kind).astype(np.float64)
@@ -316,7 +324,7 @@ def test_a_tied_tensor_is_made_once_under_its_first_name():
     assert torch.equal(model.lm_head.weight, expected)
 
 
-@pytest.mark.parametrize("name", ["A_log", "weight", "conv1d"])
+@pytest.mark.parametrize("name", ["D", "weight", "conv1d"])
 def test_a_tensor_of_unknown_role_is_refused_before_anything_is_written(name):
     model = nn.ModuleDict({"norm": nn.RMSNorm(4), "mixer": nn.Module()})
     model["mixer"].register_parameter(name, nn.Parameter(torch.zeros(4)))
@@ -333,6 +341,10 @@ def test_a_tensor_of_unknown_role_is_refused_before_anything_is_written(name):
         ("model.layers.0.mlp.shared_expert_gate.weight", (1, 64), "matrix"),
         ("model.layers.0.mlp.experts.gate_up_proj", (8, 80, 64), "matrix"),
         ("model.layers.0.self_attn.k_proj.bias", (32,), "bias"),
+        ("model.layers.0.linear_attn.A_log", (8,), "decay"),
+        ("model.layers.0.linear_attn.dt_bias", (8,), "bias"),
+        ("model.layers.0.linear_attn.conv1d.weight", (64, 1, 4), "matrix"),
+        ("model.layers.0.linear_attn.in_proj_ba.weight", (16, 64), "matrix"),
     ],
 )
 def test_roles_by_name(name, shape, kind):

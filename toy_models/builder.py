@@ -31,7 +31,7 @@ def config_dict(row: str) -> dict:
 
 @cache
 def _read(row: str) -> dict:
-    """The row's file over its base's. Keys with an underscore are ours: `_base`, `_inputs_seed`, `_mtp`, `_reference`."""
+    """The row's file over its base's. Keys with an underscore are ours: `_base`, `_inputs_seed`, `_mtp`, `_as_in_memory`, `_reference`."""
     if row not in rows():
         near = difflib.get_close_matches(row, rows(), cutoff=0.3) or rows()
         raise ValueError(f"no toy row {row!r}; nearest: {', '.join(near)}")
@@ -75,6 +75,12 @@ def build(row: str, *, dtype: torch.dtype = torch.float32, attn_implementation: 
     spec = mtp_spec(row)
     attach_mtp(model, mtp.make(spec, model) if spec else None)
     return model.eval()
+
+
+def published_as_in_memory(row: str) -> bool:
+    """Are the row's tensors published under transformers' own names (`_as_in_memory`), though its conversion on saving
+    would give others (experts one by one)?"""
+    return _read(row).get("_as_in_memory", False)
 
 
 def mtp_spec(row: str) -> dict | None:

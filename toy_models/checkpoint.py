@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from toy_models import mtp
-from toy_models.builder import attach_mtp, build, config_dict, mtp_spec, reference_of
+from toy_models.builder import attach_mtp, build, config_dict, mtp_spec, published_as_in_memory, reference_of
 from toy_models.randomise import SEED, kind_of, named_tensors, random_blocks
 from toy_models.reference import native_config, publish, restore
 
@@ -47,7 +47,7 @@ def save(row: str, model: PreTrainedModel, folder: str | Path, *, shards: int = 
     # Files are filled one after another, so each but the last ends at most one tensor short of its limit.
     limit = sum(sizes) if shards == 1 else math.ceil(sum(sizes) / shards) + max(sizes)
     if (reference := reference_of(row)) is None:
-        model.save_pretrained(folder, max_shard_size=limit)
+        model.save_pretrained(folder, max_shard_size=limit, save_original_format=not published_as_in_memory(row))
     else:
         with tempfile.TemporaryDirectory() as native:
             model.save_pretrained(native)

@@ -20,10 +20,13 @@ from torch import nn
 # refused: a new family's A_log or conv1d needs a scale of its own, and a wrong one makes a toy blind to it.
 _ROLES = [
     (r"norm\.weight$", 1, "norm"),
-    (r"(\.bias|e_score_correction_bias)$", 1, "bias"),
+    (r"(\.bias|e_score_correction_bias|\.dt_bias)$", 1, "bias"),
     (r"moe_statics\.e_score_correction_bias$", 2, "choice"),  # [1, E], added to softmax scores
+    (r"\.A_log$", 1, "decay"),
     (r"(^|\.)embed_tokens\.weight$", 2, "embedding"),
     (r"(_proj|_with_mqa|(^|\.)lm_head|(^|\.)gate|_gate)\.weight$", 2, "matrix"),
+    (r"\.in_proj_(qkvz|ba|qkv|z|b|a)\.weight$", 2, "matrix"),
+    (r"\.conv1d\.weight$", 3, "matrix"),
     (r"\.experts\.(gate_up|down)_proj$", 3, "matrix"),  # fused experts [E, out, in]
 ]
 
@@ -54,7 +57,8 @@ def random_tensor(name: str, shape: Sequence[int], *, seed: int = SEED, kind: st
     kind "matrix": standard deviation 1.5 / sqrt(last dim), so that activations keep their size and attention
     and routers are far from uniform; "embedding": standard deviation 1; "norm": 1 +- 0.3; "bias": +- 0.6,
     as the softmax all but cancels a key bias and a smaller one hardly shows in the logits; "choice": +- 0.1, as a
-    larger bias on softmax scores would choose the same experts for every token. ValueError for another kind.
+    larger bias on softmax scores would choose the same experts for every token; "decay": -1 +- 1, the log of a rate at
+    which a recurrence forgets some tokens and not all. ValueError for another kind.
     """
     blocks = list(random_blocks(name, shape, seed=seed, kind=kind))
     return np.concatenate(blocks).reshape(shape)
@@ -63,7 +67,7 @@ def random_tensor(name: str, shape: Sequence[int], *, seed: int = SEED, kind: st
 def random_blocks(name: str, shape: Sequence[int], *, seed: int = SEED, kind: str) -> Iterator[np.ndarray]:
     """The values of `random_tensor`, flattened, a block at a time, for tensors too large to hold."""
     matrix = 1.5 * math.sqrt(3 / shape[-1])
-    scales = {"matrix": matrix, "embedding": math.sqrt(3), "norm": 0.3, "bias": 0.6, "choice": 0.1}
+    scales = {"matrix": matrix, "embedding": math.sqrt(3), "norm": 0.3, "bias": 0.6, "choice": 0.1, "decay": 1}
     if kind not in scales:
         raise ValueError(f"{name}: kind {kind!r} is none of {', '.join(scales)}")
     scale = np.float32(scales[kind] / 2**24)
@@ -75,8 +79,8 @@ def random_blocks(name: str, shape: Sequence[int], *, seed: int = SEED, kind: st
         odd = (raw.view("<i4")[:count] >> 7) | 1
         block = odd.astype(np.float32)
         block *= scale
-        if kind == "norm":
-            block += np.float32(1)
+        if kind in ("norm", "decay"):
+            block += np.float32(1 if kind == "norm" else -1)
         yield block
 
 

@@ -1,0 +1,31 @@
+"""Qwen3-Next: gated delta net and gated attention by turns, experts with a gated shared one."""
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from transformers import Qwen3NextForCausalLM
+
+from bridges import gdn
+from bridges.blocks import attention, embeddings, gated_mlp, moe
+from bridges.config_rules import MOE_LAYERS, NORM_TOPK
+from bridges.mapping import MegatronMappingRegistry
+from bridges.model_bridge import MegatronModelBridge
+
+
+@MegatronModelBridge.register_bridge(
+    source=Qwen3NextForCausalLM, target=GPTModel, provider=gdn.GatedDeltaNetProvider, model_type="qwen3_next"
+)
+class Qwen3NextBridge(MegatronModelBridge):
+    CONFIG_MAPPING = [*MegatronModelBridge.CONFIG_MAPPING, *gdn.CONFIG_MAPPING]
+    CONFIG_RULES = (gdn.LAYER_TYPES, NORM_TOPK, MOE_LAYERS)
+    HF_INERT = MegatronModelBridge.HF_INERT | gdn.INERT
+    HF_FIXED = gdn.FIXED
+    MEGATRON_DEFAULTS = {"moe_shared_expert_gate": True}
+
+    def mapping_registry(self) -> MegatronMappingRegistry:
+        return MegatronMappingRegistry(
+            *embeddings(),
+            *gdn.gated_attention(),
+            *attention(),
+            *gdn.linear_attention(gdn.packed_projections),
+            *gated_mlp(),
+            *moe(shared="shared_expert", shared_gate="shared_expert_gate"),
+        )
