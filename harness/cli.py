@@ -78,7 +78,8 @@ def verify(
     rows: Rows = None,
     layouts: Annotated[list[str] | None, typer.Option(help="quick, full, or layouts; commas or repeated.")] = None,
     checks: Annotated[
-        list[str] | None, typer.Option(help="config, complete, roundtrip, logits, reload (all by default), grads, flops.")
+        list[str] | None,
+        typer.Option(help="config, complete, roundtrip, logits, reload (all by default), grads, flops."),
     ] = None,
     json_file: JsonOption = None,
     html: Annotated[str | None, typer.Option(help="Write the report as one static page.")] = None,

@@ -194,5 +194,3 @@ def counting(models: dict[str, torch.nn.Module]) -> Iterator[OpCounter]:
             f"FlopCounterMode counts {counter.torch_total}, this counter {counter.total} with corrections "
             f"{dict(counter.corrections)}: one of them misses an operation"
         )
-
-

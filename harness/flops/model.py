@@ -122,7 +122,9 @@ def _hybrid(f: Fields, run: Run) -> list[Part]:
         raise FlopsError(f"hybrid_layer_pattern {pattern!r}: {error}") from None
     main = (parsed.main_pattern or "").replace("|", "")
     if len(main) != f.integer("num_layers"):
-        raise FlopsError(f"hybrid_layer_pattern {pattern!r} has {len(main)} layers, num_layers is {f.get('num_layers')}")
+        raise FlopsError(
+            f"hybrid_layer_pattern {pattern!r} has {len(main)} layers, num_layers is {f.get('num_layers')}"
+        )
     parts: list[Part] = []
     for i, letter in enumerate(main):
         parts += _letter(f, run, f"layers.{i}", i + 1, letter)
