@@ -78,7 +78,8 @@ def verify(
     rows: Rows = None,
     layouts: Annotated[list[str] | None, typer.Option(help="quick, full, or layouts; commas or repeated.")] = None,
     checks: Annotated[
-        list[str] | None, typer.Option(help="config, complete, roundtrip, logits, reload (all by default), grads.")
+        list[str] | None,
+        typer.Option(help="config, complete, roundtrip, logits, reload (all by default), grads, flops."),
     ] = None,
     json_file: JsonOption = None,
     html: Annotated[str | None, typer.Option(help="Write the report as one static page.")] = None,
@@ -111,6 +112,46 @@ def verify(
         report.save_html(html)
     print_table(report, Console(stderr=json_file == "-"))
     raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def flops(
+    config: Annotated[str, typer.Argument(help="A row, a config.json, or a folder that holds one.")],
+    seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    packed: Annotated[
+        str | None, typer.Option(help="Lengths of the documents packed into each sequence, by commas.")
+    ] = None,
+    convention: Annotated[str, typer.Option(help="model, causal or hardware; see docs/flops.md.")] = "causal",
+    kernels: Annotated[
+        str, typer.Option(help="Of the hardware convention: torch (this CPU) or fused (a GPU).")
+    ] = "torch",
+    json_file: JsonOption = None,
+) -> None:
+    """FLOPs of one forward and backward by named part, under a stated convention."""
+    from rich.console import Console
+
+    from harness.flops import command
+    from harness.flops import flops as count
+    from harness.sweep import quiet
+
+    quiet()
+    try:
+        lengths = None if packed is None else [int(word) for word in packed.split(",")]
+    except ValueError:
+        raise ValueError(f"--packed {packed!r}: whole numbers separated by commas are needed, e.g. 1024,3072") from None
+    provider = command.load_provider(config)
+    counted = count(
+        provider,
+        seq=seq,
+        batch=batch,
+        packed=lengths,
+        convention=convention,  # type: ignore[arg-type]  # Run says which there are
+        kernels=kernels,  # type: ignore[arg-type]
+    )
+    _write_json(json_file, {"config": config, "description": command.describe(counted.run), **counted.as_dict()})
+    if json_file != "-":
+        Console().print(command.table(counted))
 
 
 # -- golden ----------------------------------------------------------------------------------------------------------

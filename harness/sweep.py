@@ -21,12 +21,13 @@ from bridges import Layout, LayoutError, MegatronModelBridge, cpu_substitutions
 from harness import checks as basic
 from harness import jobs, layouts
 from harness.checks import CHECKS, Bench, Outcome, Subject
+from harness.flops.proof import check_flops
 from harness.grads import check_grads
 from harness.ranks import RankError, Ranks
 from harness.report import Cell, Report
 
-# `grads` runs when it is asked for: it costs more than the others together.
-FUNCTIONS: dict[str, Callable[[Bench], Outcome]] = {**basic.FUNCTIONS, "grads": check_grads}
+# `grads` and `flops` run when they are asked for: each costs more than the others together.
+FUNCTIONS: dict[str, Callable[[Bench], Outcome]] = {**basic.FUNCTIONS, "grads": check_grads, "flops": check_flops}
 
 LIBRARIES = ("goldengate", "torch", "transformers", "megatron-core", "safetensors", "numpy")
 
