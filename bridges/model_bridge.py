@@ -258,6 +258,8 @@ class MegatronModelBridge:
                 "partial_rotary_factor",
                 "head_dim",
             }
+            if provider.mtp_num_layers:
+                fields.add("num_nextn_predict_layers")
             config = {k: v for k, v in config.items() if k in fields}
         return config
 
