@@ -133,5 +133,7 @@ def install() -> None:
                 f"{module}.{attribute} is gone from this megatron-core: the CPU backend needs its new name"
             )
         setattr(home, attribute, replacement)
+    # Megatron compiles some of its small functions. Without a GPU that means a C++ compiler and ten seconds for each.
+    torch.compiler.set_stance("force_eager")
     _installed = _CudaMeansCpu()
     _installed.__enter__()

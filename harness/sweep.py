@@ -20,12 +20,11 @@ import toy_models
 from bridges import Layout, LayoutError, MegatronModelBridge, cpu_substitutions
 from harness import checks as basic
 from harness import jobs, layouts
-from harness.checks import CHECKS, Bench, Outcome, Subject
+from harness.checks import CHECKS, Bench, NotApplicable, Outcome, Subject
 from harness.grads import check_grads
 from harness.ranks import RankError, Ranks
 from harness.report import Cell, Report
 
-# `grads` runs when it is asked for: it costs more than the others together.
 FUNCTIONS: dict[str, Callable[[Bench], Outcome]] = {**basic.FUNCTIONS, "grads": check_grads}
 
 LIBRARIES = ("goldengate", "torch", "transformers", "megatron-core", "safetensors", "numpy")
@@ -162,6 +161,8 @@ def run_cells(bench: Bench, checks: Sequence[str]) -> tuple[list[Cell], float]:
         start = time.perf_counter()
         try:
             outcome = FUNCTIONS[check](bench)
+        except NotApplicable as reason:
+            cells.append(Cell(row, layout, check, "skip", None, None, "", took, str(reason)))
         except Exception as error:
             cells.append(broken(check, error, took + time.perf_counter() - start))
         else:
