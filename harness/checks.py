@@ -27,7 +27,11 @@ from harness.compare import compare, relative_rms
 from harness.localise import first_difference, hf_activations
 from harness.ranks import Ranks
 
-CHECKS = ("config", "complete", "roundtrip", "logits", "reload")
+CHECKS = ("config", "complete", "roundtrip", "logits", "reload", "grads")
+
+
+class NotApplicable(Exception):
+    """A check has no meaning for this row in this layout; the message says why. The cell is skipped."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Subject:
     whole: jobs.Global | None = None  # the last layout's tensors, for the cross-layout round trip
     whole_from: str = ""
     digests: dict[str, Outcome] = field(default_factory=dict)
-    gradients: dict[str, torch.Tensor] | None = None
+    gradients: tuple[dict[str, torch.Tensor], list[str]] | None = None  # the reference's, kept by check_grads
 
     @classmethod
     def make(cls, row: str, folder: Path, bridge: type[MegatronModelBridge] | None = None) -> Subject:

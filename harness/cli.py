@@ -79,7 +79,7 @@ def verify(
     layouts: Annotated[list[str] | None, typer.Option(help="quick, full, or layouts; commas or repeated.")] = None,
     checks: Annotated[
         list[str] | None,
-        typer.Option(help="config, complete, roundtrip, logits, reload (all by default), grads, flops."),
+        typer.Option(help="config, complete, roundtrip, logits, reload, grads (all by default), flops."),
     ] = None,
     json_file: JsonOption = None,
     html: Annotated[str | None, typer.Option(help="Write the report as one static page.")] = None,
@@ -159,21 +159,31 @@ def flops(
 
 @golden_app.command("regen")
 def golden_regen(
-    rows: Annotated[list[str], typer.Argument(help="Rows whose golden is made anew.")],
     reason: Annotated[str, typer.Option(help="Why; kept in the golden's provenance.")],
+    rows: Annotated[list[str] | None, typer.Argument(help="Rows whose golden is made anew.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All rows.")] = False,
 ) -> None:
     """Compute goldens from Hugging Face in fp32 and print how far they drift from the old ones."""
+    from transformers.utils.logging import disable_progress_bar
+
+    import toy_models
     from harness import goldens
 
-    for row in rows:
-        print(goldens.regen(row, reason))
+    if bool(rows) == every:
+        raise ValueError("name the rows whose golden is to be made anew, or say --all")
+    disable_progress_bar()
+    for row in rows or toy_models.rows():
+        print(goldens.regen(row, reason), flush=True)
 
 
 @golden_app.command("diff")
 def golden_diff(rows: Rows = None) -> None:
     """What a regeneration would change; exit 1 when it would change logits by more than the row's gate."""
+    from transformers.utils.logging import disable_progress_bar
+
     from harness import goldens
 
+    disable_progress_bar()
     drifted = False
     for row in rows or goldens.list_goldens():
         drift = goldens.diff(row)
@@ -195,7 +205,8 @@ def golden_list(json_file: JsonOption = None) -> None:
         for r in rows:
             noise = ", ".join(f"{k} {v:.1e}" for k, v in r["noise"].items())
             print(
-                f"{r['row']:24} gate {r['gate']:.1e}  noise {noise}  torch {r['versions']['torch']}, "
+                f"{r['row']:24} gate {r['gate']:.1e}  noise {noise}  gradients: gate {r['gradient_gate']:.1e}  "
+                f"noise {r['gradient_noise']:.1e}  torch {r['versions']['torch']}, "
                 f"transformers {r['versions']['transformers']}  ({r['reason']})"
             )
         for kind in ("missing", "orphans"):

@@ -1,4 +1,4 @@
-"""Goldens: the logits of Hugging Face's own implementation, stored with the evidence for them.
+"""Goldens: logits and fingerprints of gradients of Hugging Face's own implementation, with the evidence for them.
 
 `goldens/<row>.safetensors` holds the tensors and, as its only metadata entry (safetensors with several is
 not stable byte for byte), a JSON string `provenance`. It names neither dates nor machines, so regenerating
@@ -23,9 +23,11 @@ from torch.overrides import TorchFunctionMode
 import goldens
 import toy_models
 from harness.compare import relative_rms
+from harness.gradients import cotangents, fingerprints, hf_gradients, worst_difference
 
 FOLDER = Path(goldens.__file__).parent
 GATE = 1e-4  # relative RMS that a Megatron model's logits may differ by, in fp32
+GRADIENT_GATE_LIMIT = 1e-3  # no row's gate for gradients may be wider
 NOISE_FACTOR = 10  # a gate is never below this many times the row's own noise
 LIBRARIES = ("goldengate", "numpy", "torch", "transformers")
 
@@ -34,10 +36,11 @@ LIBRARIES = ("goldengate", "numpy", "torch", "transformers")
 class Golden:
     """A row's reference values.
 
-    `tensors` has at least `inputs`, int64 [batch, sequence], and `logits`, float32 [batch, sequence,
-    vocab]; rows with multi-token prediction have `mtp_logits_<k>`, float32 [batch, sequence - k, vocab]. `provenance` says where
-    they come from: row, config_hash, weights_hash, tensors_hash, seed, versions, command, reason, noise
-    (relative RMS of fp32_vs_fp64 and eager_vs_sdpa) and gate (the relative RMS limit).
+    `tensors` has at least `inputs`, int64 [batch, sequence], `logits`, float32 [batch, sequence, vocab], and
+    `gradients`, the `fingerprints` of harness.gradients; rows with multi-token prediction have `mtp_logits_<k>`,
+    float32 [batch, sequence - k, vocab]. `provenance` says where they come from: row, config_hash, weights_hash,
+    tensors_hash, seed, versions, command, reason, noise (relative RMS of the logits, fp32_vs_fp64 and eager_vs_sdpa),
+    gate (the relative RMS limit), gradient_noise (fp32 against fp64, the worst tensor) and gradient_gate.
     """
 
     row: str
@@ -60,6 +63,11 @@ class Golden:
     @property
     def gate(self) -> float:
         return self.provenance["gate"]
+
+    @property
+    def gradient_gate(self) -> float:
+        """Relative RMS that the gradient of each parameter may differ by."""
+        return self.provenance["gradient_gate"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,8 @@ def compute(row: str, reason: str, command: str) -> Golden:
     """The row's golden from HF in fp32 with eager attention on the CPU; nothing is written.
 
     Noise is measured against fp64 with the same weights and against sdpa attention. ValueError without a
-    reason, and while either differs by more than 1e-4: then the reference itself is in doubt.
+    reason, and while either differs by more than 1e-4, or a gradient by more than 1e-4 from fp64's: then the
+    reference itself is in doubt.
     """
     if not reason.strip():
         raise ValueError(f"row {row}: a golden needs a reason; give one with: {regen_command(row)}")
@@ -138,8 +147,11 @@ def compute(row: str, reason: str, command: str) -> Golden:
     model = toy_models.build(row)
     found = reference_logits(model, ids)
     sdpa = reference_logits(toy_models.build(row, attn_implementation="sdpa"), ids)
+    weights = cotangents(row, tuple(found["logits"].shape), heads=len(found) - 1)
+    gradients = hf_gradients(row, model, ids, weights)
     with _Double():
-        exact = reference_logits(toy_models.build(row, dtype=torch.float64), ids)
+        double = toy_models.build(row, dtype=torch.float64)
+        exact, exact_gradients = reference_logits(double, ids), hf_gradients(row, double, ids, weights)
     noise = {
         "eager_vs_sdpa": _three_digits(max(relative_rms(sdpa[key], found[key]) for key in found)),
         "fp32_vs_fp64": _three_digits(max(relative_rms(found[key], exact[key]) for key in found)),
@@ -154,7 +166,14 @@ def compute(row: str, reason: str, command: str) -> Golden:
             f"row {row}: HF in fp32 and in fp64 differ by {noise['fp32_vs_fp64']} (limit {GATE}), as when "
             f"two experts tie and rounding picks one; try another _inputs_seed in toy_models/rows/{row}.json"
         )
-    tensors = {"inputs": ids, **found}
+    gradient_noise = _three_digits(worst_difference(gradients, exact_gradients))
+    gradient_gate = max(GATE, _three_digits(NOISE_FACTOR * gradient_noise))
+    if gradient_gate > GRADIENT_GATE_LIMIT:
+        raise ValueError(
+            f"row {row}: HF's gradients in fp32 and in fp64 differ by {gradient_noise} in some tensor, too much for "
+            f"a gate of {GRADIENT_GATE_LIMIT}; try another _inputs_seed in toy_models/rows/{row}.json"
+        )
+    tensors = {"inputs": ids, **found, "gradients": fingerprints(gradients)}
     provenance = {
         "row": row,
         "config_hash": hash_config(toy_models.golden_key(row)),
@@ -166,6 +185,8 @@ def compute(row: str, reason: str, command: str) -> Golden:
         "reason": reason,
         "noise": noise,
         "gate": max(GATE, _three_digits(NOISE_FACTOR * max(noise.values()))),
+        "gradient_noise": gradient_noise,
+        "gradient_gate": gradient_gate,
     }
     return Golden(row, tensors, provenance)
 

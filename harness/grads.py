@@ -1,12 +1,7 @@
-"""The check `grads`: one backward in a layout, its gradients under Hugging Face names against Hugging Face's autograd.
-
-The backward starts from a fixed random cotangent on the logits and not from a loss: rows of vocabulary padding take part in
-Megatron's softmax, so a cross-entropy would differ between layouts of a correct model.
-"""
+"""The check `grads`: one backward in a layout, its gradients under Hugging Face names against Hugging Face's autograd."""
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 import numpy as np
@@ -15,84 +10,84 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-import toy_models
-from bridges.checkpoint import Checkpoint
-from bridges.conversion import current_layout, live_export
+from bridges.conversion import box_view, current_layout, destinations, is_writer
 from bridges.cpu_backend import zigzag_positions
+from bridges.views import Box
 from harness import jobs
-from harness.checks import Bench, Outcome, Subject
+from harness.checks import Bench, NotApplicable, Outcome, Subject
 from harness.compare import relative_rms
+from harness.gradients import compare_fingerprints, cotangents, hf_gradients
 
-LIMIT = 1e-3  # relative RMS per tensor; correct models stay near 1e-6
+Blocks = tuple[np.ndarray, list[tuple[str, Box]]]
 
 
 def check_grads(bench: Bench) -> Outcome:
-    """Every parameter's gradient, after Megatron's own finalisation, against Hugging Face's."""
-    subject = bench.subject
-    cotangent = _cotangent(subject)
-    expected = hf_gradients(subject, cotangent)
-    by_rank = bench.run(backward, subject.golden.inputs.numpy(), cotangent)
-    actual, without = by_rank[0]
-    wrong, worst, worst_name = [], 0.0, "(all exact)"
+    """Every parameter's gradient, after Megatron's own finalisation, against Hugging Face's, and Hugging Face's against the
+    golden's fingerprints. The value is the worst tensor's relative RMS."""
+    subject, layout = bench.subject, bench.layout
+    provider = subject.auto_bridge.to_megatron_provider(load_weights=False)
+    if provider.num_moe_experts and layout.tp > 1 and not layout.sp:
+        raise NotApplicable(
+            "Megatron-Core refuses to train experts under tensor parallelism without sequence parallelism"
+        )
+    golden = subject.golden
+    weights = cotangents(subject.row, tuple(golden.logits.shape), heads=len(golden.mtp_logits))
+    expected, wrong = _reference(subject, weights)
+    shapes = {name: info.shape for name, info in subject.source.tensors.items()}
+    actual = assemble(bench.run(backward, golden.inputs.numpy(), weights.numpy()), shapes)
+
+    wrong, worst, worst_name, zero = list(wrong), 0.0, "(all exact)", 0
     for name in sorted({*expected, *actual}):
         if name not in actual or name not in expected:
             wrong.append(f"{name} has a gradient only in {'Hugging Face' if name in expected else 'Megatron'}")
             continue
-        value = relative_rms(torch.from_numpy(actual[name]), expected[name])
+        if unwritten := int(actual[name].isnan().sum()):
+            wrong.append(f"{unwritten} of {actual[name].numel()} elements of {name} have no number for a gradient")
+        value = relative_rms(actual[name], expected[name])
+        zero += not expected[name].any()
         if not value <= worst:
             worst, worst_name = value, name
-        if not value <= LIMIT:
+        if not value <= golden.gradient_gate:
             wrong.append(f"gradient of {name} is off by {value:.2g}")
     detail = "; ".join(wrong[:4]) + (f" (and {len(wrong) - 4} more)" if len(wrong) > 4 else "")
     counted = f"{len(expected)} gradients, worst {worst_name}"
-    if without:
+    if zero:
+        counted += f"; {zero} are zero (experts that no token chose)"
+    if without := [name for name in shapes if name not in expected]:
         counted += f"; without gradient by nature: {', '.join(without)}"
-    return Outcome(not wrong and bool(expected), worst, LIMIT, "rel rms", detail or counted)
+    ok = not wrong and len(expected) > zero
+    return Outcome(ok, worst, golden.gradient_gate, "rel rms", detail or counted)
 
 
-def _cotangent(subject: Subject) -> np.ndarray:
-    """[1 + heads, batch, sequence, vocab] for the main model's logits and those of its heads of multi-token prediction,
-    zero at the last k places of head k, which have no token to see."""
-    golden = subject.golden
-    whole = np.zeros((1 + len(golden.mtp_logits), *golden.logits.shape), np.float32)
-    for k, logits in enumerate([golden.logits, *golden.mtp_logits]):
-        name = f"cotangent of {subject.row}" + (f" head {k}" if k else "")
-        whole[k, :, : logits.shape[1]] = toy_models.random_tensor(name, tuple(logits.shape), kind="matrix")
-    return whole
-
-
-def hf_gradients(subject: Subject, cotangent: np.ndarray) -> dict[str, torch.Tensor]:
-    """Hugging Face's gradients under the names of the published checkpoint.
-
-    Renaming and fusing are linear, so a model whose weights are the gradients is saved like any other. What has none by
-    nature (buffers, frozen parameters) is NaN there.
-    """
+def _reference(subject: Subject, weights: torch.Tensor) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Hugging Face's gradients and where they differ from the golden's fingerprints; once a row."""
     if subject.gradients is None:
-        model: Any = toy_models.build(subject.row)
-        ids, weights = subject.golden.inputs, torch.from_numpy(cotangent)
-        made = [model(ids, use_cache=False).logits]
-        if model.mtp is not None:
-            made += toy_models.mtp.logits(model.mtp, model, ids)
-        torch.autograd.backward([(one * w[:, : one.shape[1]]).sum() for one, w in zip(made, weights, strict=True)])
-        parts = [part for part in (model, model.mtp) if part is not None]
-        for parameter in (p for part in parts for p in part.parameters()):
-            parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for part in parts:
-            for frozen in (*part.buffers(), *(p.data for p in part.parameters() if not p.requires_grad)):
-                frozen.fill_(torch.nan)
-        with tempfile.TemporaryDirectory() as folder:
-            toy_models.save(subject.row, model, folder)
-            with Checkpoint.open(folder) as saved:
-                found = {n: saved.view(n).clone() for n in saved.tensors}
-        subject.gradients = {n: gradient for n, gradient in found.items() if not gradient.isnan().all()}
+        golden = subject.golden
+        found = hf_gradients(subject.row, subject.reference, golden.inputs, weights)
+        subject.gradients = found, compare_fingerprints(found, golden.tensors["gradients"], golden.gradient_gate)
     return subject.gradients
+
+
+def assemble(by_rank: list[Blocks], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Whole gradients from every rank's blocks; NaN where no rank had one."""
+    whole: dict[str, torch.Tensor] = {}
+    for flat, boxes in by_rank:
+        values, start = torch.from_numpy(flat), 0
+        for name, box in boxes:
+            if name not in whole:
+                whole[name] = torch.full(shapes[name], torch.nan)
+            view = box_view(whole[name], box)
+            view.copy_(values[start : start + view.numel()].view(view.shape))
+            start += view.numel()
+    return whole
 
 
 # -- on ranks --------------------------------------------------------------------------------------------------------
 
 
-def backward(input_ids: np.ndarray, cotangent: np.ndarray) -> tuple[dict[str, np.ndarray], list[str]]:
-    """(gradients by Hugging Face name on rank 0, else {}; Hugging Face tensors that have none) of the current model."""
+def backward(input_ids: np.ndarray, cotangent: np.ndarray) -> Blocks:
+    """The finalised gradients of the blocks that this rank would export, one after the other in fp32, and the place of
+    each in the Hugging Face tensors. Parameters that need no gradient are left out."""
     this = jobs.current()
     provider: Any = this.provider
     layout, coords = current_layout(provider)
@@ -140,14 +135,11 @@ def backward(input_ids: np.ndarray, cotangent: np.ndarray) -> tuple[dict[str, np
             micro_batch_size=tokens[0].shape[0],
             forward_only=False,
         )
-    without = sorted({copy.hf for t in tasks if not t.tensor.requires_grad for copy in t.copies})
+    pieces, boxes = [torch.empty(0, device=jobs.device())], []
     for task in tasks:
-        task.tensor = getattr(task.tensor, "main_grad", task.tensor)
-    source = this.bridge.hf_pretrained.checkpoint
-    shapes = {name: info.shape for name, info in source.tensors.items()}
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, without)
-    without = sorted(set().union(*everyone))
-    names = [name for name in source.tensors if name not in without]
-    found = {n: g.numpy() for n, g in live_export(tasks, coords, names, shapes, lambda _: torch.float32, cpu=True)}
-    return (found if torch.distributed.get_rank() == 0 else {}), without
+        if task.tensor.requires_grad and is_writer(task, coords):
+            grad: Any = task.tensor.main_grad  # type: ignore[attr-defined]
+            for copy, name in destinations(task):
+                pieces.append(box_view(grad, copy.megatron_box).float().reshape(-1))
+                boxes.append((name, copy.hf_box))
+    return torch.cat(pieces).cpu().numpy(), boxes

@@ -20,13 +20,13 @@ import toy_models
 from bridges import Layout, LayoutError, MegatronModelBridge, cpu_substitutions
 from harness import checks as basic
 from harness import jobs, layouts
-from harness.checks import CHECKS, Bench, Outcome, Subject
+from harness.checks import CHECKS, Bench, NotApplicable, Outcome, Subject
 from harness.flops.proof import check_flops
 from harness.grads import check_grads
 from harness.ranks import RankError, Ranks
 from harness.report import Cell, Report
 
-# `grads` and `flops` run when they are asked for: each costs more than the others together.
+# `flops` runs when it is asked for; tests do.
 FUNCTIONS: dict[str, Callable[[Bench], Outcome]] = {**basic.FUNCTIONS, "grads": check_grads, "flops": check_flops}
 
 LIBRARIES = ("goldengate", "torch", "transformers", "megatron-core", "safetensors", "numpy")
@@ -163,6 +163,8 @@ def run_cells(bench: Bench, checks: Sequence[str]) -> tuple[list[Cell], float]:
         start = time.perf_counter()
         try:
             outcome = FUNCTIONS[check](bench)
+        except NotApplicable as reason:
+            cells.append(Cell(row, layout, check, "skip", None, None, "", took, str(reason)))
         except Exception as error:
             cells.append(broken(check, error, took + time.perf_counter() - start))
         else:

@@ -194,6 +194,17 @@ def test_installed_cuda_means_cpu():
     assert torch.equal(torch.rand(3), first)
 
 
+@needs_no_gpu
+def test_installed_nothing_is_compiled():
+    """Megatron's compiled helpers (the router's count of tokens per expert) run as they are written."""
+    cpu_substitutions.install()
+
+    def refuse(*_):
+        raise AssertionError("the compiler was called")
+
+    assert torch.compile(lambda x: x + 1, backend=refuse)(torch.zeros(1)).item() == 1
+
+
 # -- collectives that gloo has only in part ------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import toy_models
 from harness import goldens
 from harness.compare import relative_rms
+from harness.gradients import PROJECTIONS
 from toy_models import builder
 
 ROWS = toy_models.rows()
@@ -71,6 +72,9 @@ def test_the_golden_is_fresh_small_and_says_where_it_comes_from(row):
     assert golden.provenance["command"].startswith(f"goldengate golden regen {row} --reason ")
     assert golden.provenance["versions"].keys() == {"goldengate", "numpy", "torch", "transformers"}
     assert golden.gate == max(1e-4, 10 * max(golden.provenance["noise"].values()))
+    assert golden.gradient_gate == max(1e-4, float(f"{10 * golden.provenance['gradient_noise']:.2e}")) <= 1e-3
+    assert golden.tensors["gradients"].shape[0] > 50
+    assert golden.tensors["gradients"].shape[1:] == (1 + PROJECTIONS,)
     with safe_open(goldens.path(row), "pt") as file:
         assert file.metadata().keys() == {"provenance"}, "several keys are not stable byte for byte"
 
@@ -168,6 +172,29 @@ def test_a_golden_is_refused_while_the_reference_is_in_doubt(folder, monkeypatch
     assert goldens.path("qwen2").read_bytes() == before
 
 
+def test_a_golden_is_refused_while_its_gradients_are_noise(folder, monkeypatch):
+    """No gate of 1e-3 can be ten times the noise: the inputs are ill-chosen."""
+    monkeypatch.setattr(goldens, "worst_difference", lambda actual, expected: 1.01e-4)
+    with pytest.raises(ValueError, match=r"gradients in fp32 and in fp64 differ by 0\.000101.*_inputs_seed"):
+        goldens.regen("qwen2", "reason")
+
+
+def test_the_gate_of_gradients_follows_their_noise(folder, monkeypatch):
+    """Worst tensor against fp64; ten times that, at least 1e-4."""
+    assert goldens.load("qwen2").gradient_gate == 1e-4
+    seen = []
+
+    def noisy(actual, expected):
+        assert {actual[n].dtype for n in actual} == {torch.float32}
+        assert {expected[n].dtype for n in expected} == {torch.float64}
+        seen.append(relative_rms(actual["lm_head.weight"], expected["lm_head.weight"]))
+        return 5e-5
+
+    monkeypatch.setattr(goldens, "worst_difference", noisy)
+    assert goldens.compute("qwen2", "reason", "command").gradient_gate == 5e-4
+    assert 1e-8 < seen[0] < 1e-5
+
+
 def test_the_gate_follows_a_noisy_row(folder, monkeypatch):
     """Noise of 3e-5 is allowed, and lifts the gate to ten times itself."""
     build = toy_models.build
@@ -244,10 +271,10 @@ def test_a_tampered_tensor_is_refused(folder):
 
 
 def test_further_tensors_need_no_other_format(folder):
-    """MTP logits or gradient fingerprints are more keys, under the same hash."""
+    """MTP logits are more keys, under the same hash."""
     more = goldens.load("qwen2").tensors | {"mtp.0.logits": torch.ones(4, 23, 131)}
     rewrite(more, tensors_hash=toy_models.weights_hash(more))
-    assert goldens.load("qwen2").tensors.keys() == {"inputs", "logits", "mtp.0.logits"}
+    assert goldens.load("qwen2").tensors.keys() == {"inputs", "logits", "gradients", "mtp.0.logits"}
 
 
 @pytest.mark.parametrize("content", [b"", b"not a safetensors file", b"\x02\0\0\0\0\0\0\0{}"])

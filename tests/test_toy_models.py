@@ -398,7 +398,7 @@ def test_transformers_loads_what_is_written(row, tmp_path):
     assert json.loads((folder / "config.json").read_text()) == toy_models.config_dict(row)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
-    assert len(files) == (4 if toy_models.mtp_spec(row) else 3)
+    assert len(files) == 3
     assert index["weight_map"] == {name: file for file, tensors in files.items() for name in tensors}
     assert ("lm_head.weight" in index["weight_map"]) != toy_models.config_dict(row)["tie_word_embeddings"]
 

@@ -10,7 +10,7 @@
 - inputs(row): token ids [4, 24]
 - mtp: the multi-token prediction heads of rows that have them
 - write(row, folder): a checkpoint folder with the published tensor names
-- save(row, model, folder), load(row, folder): tensors under the published names, to and from the row's model class
+- published(row, model), save(row, model, folder), load(row, folder): tensors under the published names
 - write_config_checkpoint(...): the same for a dense config of real size, never held in memory
 - random_tensor, randomise: the weight generator
 - weights_hash(model): one hash over names, dtypes, shapes and bytes
@@ -28,7 +28,7 @@ from toy_models.builder import (
     reference_of,
     rows,
 )
-from toy_models.checkpoint import load, save, write, write_config_checkpoint
+from toy_models.checkpoint import load, published, save, write, write_config_checkpoint
 from toy_models.randomise import SEED, random_tensor, randomise, weights_hash
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "load",
     "mtp",
     "mtp_spec",
+    "published",
     "random_tensor",
     "randomise",
     "reference_class",

@@ -38,39 +38,41 @@ def write(row: str, folder: str | Path, *, dtype: torch.dtype | None = None, sha
     return folder
 
 
-def save(row: str, model: PreTrainedModel, folder: str | Path, *, shards: int = 1) -> None:
-    """Write the tensors of a model of the row's class under their published names (Mixtral's
+def published(
+    row: str,
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor] | None = None,
+    heads: dict[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The tensors of a model of the row's class under their published names (Mixtral's
     `block_sparse_moe.experts.0.w1`, ...): transformers restores them on saving, and for a class of another name the row's
-    `_reference` does. Heads of multi-token prediction (`model.mtp`) go into a file of their own, or into the only one."""
+    `_reference` does. The last are those of its heads of multi-token prediction (`model.mtp`).
+
+    `state` and `heads` stand for the model's own tensors and its heads', with some left out maybe (gradients, say).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, state_dict=state, save_original_format=not published_as_in_memory(row))
+        main = publish(reference_of(row), _read_folder(folder))
+    if (spec := mtp_spec(row)) is None or getattr(model, "mtp", None) is None:
+        return main
+    own = mtp.parameters(model.mtp) if heads is None else heads  # type: ignore[arg-type]
+    return main | mtp.published(spec, own, model.config.num_hidden_layers, main)
+
+
+def save(row: str, model: PreTrainedModel, folder: str | Path, *, shards: int = 1) -> None:
+    """Write the `published` tensors of a model of the row's class, in files of about the same size, and config.json."""
     folder = Path(folder)
-    sizes = [tensor.nbytes for tensor in named_tensors(model).values()]
-    # Files are filled one after another, so each but the last ends at most one tensor short of its limit.
-    limit = sum(sizes) if shards == 1 else math.ceil(sum(sizes) / shards) + max(sizes)
-    if (reference := reference_of(row)) is None:
-        model.save_pretrained(folder, max_shard_size=limit, save_original_format=not published_as_in_memory(row))
-    else:
-        with tempfile.TemporaryDirectory() as native:
-            model.save_pretrained(native)
-            tensors = publish(reference, _read_folder(native))
-        _write_files(folder, tensors, _fill_shards({name: tensor.nbytes for name, tensor in tensors.items()}, limit))
-    if (spec := mtp_spec(row)) and (heads := getattr(model, "mtp", None)) is not None:
-        files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
-        main = {name: tensor for file in files for name, tensor in file.items()}
-        added = mtp.published(spec, heads, model.config.num_hidden_layers, main)
-        names = [list(file) for file in files]
-        names = [[*names[0], *added]] if len(files) == 1 else [*names, list(added)]
-        for file in folder.glob("*.safetensors"):
-            file.unlink()
-        _write_files(folder, main | added, names)
-    _write_json(folder / "config.json", config_dict(row))
-
-
-def _write_files(folder: Path, tensors: dict[str, torch.Tensor], files: list[list[str]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = published(row, model)
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    # Files are filled one after another, so each but the last ends at most one tensor short of its limit.
+    total = sum(sizes.values())
+    files = _fill_shards(sizes, total if shards == 1 else math.ceil(total / shards) + max(sizes.values()))
     for number, names in enumerate(files, start=1):
         held = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in names}
         save_file(held, folder / _shard_name(number, len(files)), {"format": "pt"})
-    _write_index(folder, files, sum(tensor.nbytes for tensor in tensors.values()))
+    _write_index(folder, files, total)
+    _write_json(folder / "config.json", config_dict(row))
 
 
 def load(row: str, folder: str | Path, **options) -> tuple[PreTrainedModel, dict]:
@@ -84,7 +86,7 @@ def load(row: str, folder: str | Path, **options) -> tuple[PreTrainedModel, dict
     if reference is None:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     else:
-        own = mtp.published(spec, like.mtp, like.config.num_hidden_layers) if spec else {}
+        own = mtp.published(spec, mtp.parameters(like.mtp), like.config.num_hidden_layers) if spec else {}
         main = {name: tensor for name, tensor in _read_folder(folder).items() if name not in own}
         config = json.loads((folder / "config.json").read_text())
         with tempfile.TemporaryDirectory() as native:
@@ -98,7 +100,8 @@ def load(row: str, folder: str | Path, **options) -> tuple[PreTrainedModel, dict
     attach_mtp(model, mtp.load(spec, model, folder) if spec else None)
     if spec:
         named = (mtp.published, mtp.placed)
-        of_heads = {name for found in named for name in found(spec, like.mtp, like.config.num_hidden_layers)}
+        tensors, layers = mtp.parameters(like.mtp), like.config.num_hidden_layers
+        of_heads = {name for found in named for name in found(spec, tensors, layers)}
         info["unexpected_keys"] = set(info["unexpected_keys"]) - of_heads
     return model, info
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,10 @@ def parameters(heads: MtpModel) -> dict[str, torch.Tensor]:
     return {n: t for n, t in heads.state_dict(keep_vars=True).items() if not n.startswith(SHARED)}
 
 
-def placed(spec: dict[str, Any], heads: MtpModel, num_layers: int) -> dict[str, torch.Tensor]:
-    """The heads' tensors where the checkpoint has them, experts still fused."""
+def placed(spec: dict[str, Any], tensors: Mapping[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
+    """The heads' tensors (`parameters`) where the checkpoint has them, experts still fused."""
     out = {}
-    for name, parameter in parameters(heads).items():
+    for name, parameter in tensors.items():
         match = re.fullmatch(r"layers\.(\d+)\.(\w+)\.(.+)", name)
         assert match, f"{name}: not a name of MtpModel's"
         prefix = spec["names"][match[2]].format(k=int(match[1]), n=num_layers + int(match[1]))
@@ -67,16 +68,17 @@ def placed(spec: dict[str, Any], heads: MtpModel, num_layers: int) -> dict[str, 
 
 def published(
     spec: dict[str, Any],
-    heads: MtpModel,
+    tensors: Mapping[str, torch.Tensor],
     num_layers: int,
-    main: dict[str, torch.Tensor] | None = None,
+    main: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The heads' tensors under their names on disk, as views, so that the same names serve writing and reading.
+    """The heads' tensors (`parameters`) under their names on disk, as views, so that the same names serve writing and
+    reading.
 
     `main` holds the main model's tensors by published name, for the copies; without it these are empty.
     """
     out: dict[str, torch.Tensor] = {}
-    for name, tensor in placed(spec, heads, num_layers).items():
+    for name, tensor in placed(spec, tensors, num_layers).items():
         experts, _, kind = name.rpartition(".")
         for e, one in enumerate(tensor if experts.endswith(".experts") else ()):
             if kind == "gate_up_proj":
@@ -98,7 +100,7 @@ def load(spec: dict[str, Any], model: PreTrainedModel, folder: Path) -> MtpModel
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    own = published({**spec, "copies": {}}, heads, model.config.num_hidden_layers, {})
+    own = published({**spec, "copies": {}}, parameters(heads), model.config.num_hidden_layers)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(found[name])

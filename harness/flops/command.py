@@ -53,11 +53,11 @@ def describe(run: Run) -> str:
 
 def human(flops: float) -> str:
     """Four digits and a unit: 49.03 G."""
-    for unit in ("", "K", "M", "G", "T", "P", "E"):
-        if abs(flops) < 999.95:
-            break
+    units = ["E", "P", "T", "G", "M", "K", ""]
+    while abs(flops) >= 999.95 and len(units) > 1:
         flops /= 1000
-    return f"{flops:.4g} {unit}"
+        units.pop()
+    return f"{flops:.4g} {units[-1]}"
 
 
 def table(counted: Flops) -> Any:
