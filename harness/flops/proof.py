@@ -116,7 +116,8 @@ def check_flops(bench: Bench) -> Outcome:
     by_formula = flops(provider, seq=length, batch=batch, convention="hardware", kernels="torch")
     expected = expected_table(by_formula.parts, tp=layout.tp, sp=layout.sp, replicas=layout.dp)
 
-    ones = np.ones(tuple(subject.golden.logits.shape), dtype=np.float32)
+    golden = subject.golden
+    ones = np.ones((1 + len(golden.mtp_logits), *golden.logits.shape), dtype=np.float32)
     actual: Table = {}
     corrections: Counter[str] = Counter()
     for table, corrected in bench.run(count_on_rank, subject.golden.inputs.numpy(), ones):
