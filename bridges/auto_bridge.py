@@ -22,6 +22,7 @@ from bridges.conversion import (
     export_weights,
     import_weights,
     live_export,
+    repeated_tensors,
     unused_tensors,
     unwrap,
 )
@@ -64,6 +65,7 @@ class AutoBridge:
         bridge.check_config(hf_pretrained.config, hf_pretrained.raw)
         self.hf_pretrained = hf_pretrained
         self._model_bridge = bridge()
+        self._model_bridge.hf_config = hf_pretrained.config
 
     # -- making one --------------------------------------------------------------------------------------------------
 
@@ -145,7 +147,14 @@ class AutoBridge:
     def _tasks(self, model, source: Checkpoint) -> list[ConversionTask]:
         chunks: Sequence = model if isinstance(model, list | tuple) else [model]
         shapes = {name: info.shape for name, info in source.tensors.items()}
-        return build_tasks(chunks, self.mapping_registry(), shapes, _config(chunks))
+        return build_tasks(
+            chunks, self.mapping_registry(), shapes, _config(chunks), self.repeated_tensors(source, _config(chunks))
+        )
+
+    def repeated_tensors(self, source: Checkpoint, provider: GPTModelProvider) -> dict[str, str]:
+        """{tensor of the checkpoint: the one of which it is a second copy}."""
+        tied = provider.share_embeddings_and_output_weights
+        return repeated_tensors(self._model_bridge.REPEATED_TENSORS, self.mapping_registry(), source.tensors, tied=tied)
 
     def load_hf_weights(
         self, model, hf_path: str | os.PathLike | None = None, *, lossy: bool = False, progress: Progress | None = None
@@ -161,7 +170,7 @@ class AutoBridge:
         import_weights(tasks, source, lossy=lossy, progress=progress)
 
     def _check_all_used(self, tasks: list[ConversionTask], source: Checkpoint) -> None:
-        used = {name for task in tasks for name in (*(c.hf for c in task.copies), task.mirror) if name}
+        used = set().union(*(task.hf_names for task in tasks))
         if dist.is_initialized() and dist.get_world_size() > 1:
             everyone: list = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, used)

@@ -26,9 +26,18 @@ def embeddings(*, embed: str = "model.embed_tokens", norm: str = "model.norm", h
     ]
 
 
-def attention(*, layer: str = HF_LAYER, norm: str = "input_layernorm", qkv: str | None = None) -> list[Mapping]:
-    """Grouped-query attention with its norm; biases and q/k norms are mapped for the models that have them."""
-    m, a = f"{MEGATRON_LAYER}.self_attention", f"{layer}.self_attn"
+def attention(
+    *,
+    layer: str = HF_LAYER,
+    norm: str = "input_layernorm",
+    block: str = "self_attn",
+    qkv: str | None = None,
+    qk_norm: tuple[str, str] = ("q_norm", "k_norm"),
+    output: str = "o_proj",
+) -> list[Mapping]:
+    """Grouped-query attention with its norm; biases and q/k norms are mapped for the models that have them. `qkv` names
+    one tensor of all queries, keys and values."""
+    m, a = f"{MEGATRON_LAYER}.self_attention", f"{layer}.{block}"
     mappings: list[Mapping] = [AutoMapping(f"{m}.linear_qkv.layer_norm_weight", f"{layer}.{norm}.weight")]
     for kind in ("weight", "bias"):
         if qkv:
@@ -41,9 +50,9 @@ def attention(*, layer: str = HF_LAYER, norm: str = "input_layernorm", qkv: str 
             )
     return [
         *mappings,
-        AutoMapping(f"{m}.q_layernorm.weight", f"{a}.q_norm.weight"),
-        AutoMapping(f"{m}.k_layernorm.weight", f"{a}.k_norm.weight"),
-        AutoMapping(f"{m}.linear_proj.weight", f"{a}.o_proj.weight"),
+        AutoMapping(f"{m}.q_layernorm.weight", f"{a}.{qk_norm[0]}.weight"),
+        AutoMapping(f"{m}.k_layernorm.weight", f"{a}.{qk_norm[1]}.weight"),
+        AutoMapping(f"{m}.linear_proj.weight", f"{a}.{output}.weight"),
     ]
 
 

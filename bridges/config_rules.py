@@ -122,24 +122,34 @@ NORM_TOPK = Rule(  # renormalising the chosen probabilities is softmax over the 
 
 
 FIRST_K_DENSE = Rule(
-    ("first_k_dense_replace", "moe_layer_freq", "mlp_layer_types"),
+    ("first_k_dense_replace", "mlp_layer_types"),
     lambda c: {"moe_layer_freq": [int(i >= c.first_k_dense_replace) for i in range(c.num_hidden_layers)]},
-    lambda p: {"first_k_dense_replace": p.moe_layer_freq.index(1), "moe_layer_freq": None},
+    lambda p: {"first_k_dense_replace": p.moe_layer_freq.index(1)},
+)
+
+
+def _mlp_layer_types_to_megatron(config: HF) -> Fields:
+    types, dense = config.mlp_layer_types, _get(config, "first_k_dense_replace")
+    if dense is not None and [t == "dense" for t in types] != [i < dense for i in range(config.num_hidden_layers)]:
+        raise ValueError(f"first_k_dense_replace = {dense} and mlp_layer_types = {types} contradict each other")
+    return {"moe_layer_freq": [("dense", "sparse").index(t) for t in types]}
+
+
+MLP_LAYER_TYPES = Rule(
+    ("mlp_layer_types",),
+    _mlp_layer_types_to_megatron,
+    lambda p: {"mlp_layer_types": [("dense", "sparse")[f] for f in p.moe_layer_freq]},
 )
 
 
 def _groups_to_megatron(config: HF) -> Fields:
-    """One group is no grouping. Megatron scores a group by the sum of its best topk / group_topk experts, the published
-    models by the best two."""
+    """One group is no grouping. The published models score a group by its best two experts, Megatron by its best
+    topk // group_topk."""
     groups, chosen, topk = config.n_group, config.topk_group, config.num_experts_per_tok
     if (groups or 1) == 1:
         return {}
-    if topk != 2 * chosen:
-        raise ValueError(
-            f"num_experts_per_tok = {topk} with topk_group = {chosen}: Megatron would score a group by its best "
-            f"{topk // chosen} experts, the model by its best 2"
-        )
-    return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
+    best = {} if topk // chosen == 2 else {"moe_router_group_best": 2}
+    return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen, **best}
 
 
 GROUPS = Rule(
@@ -148,15 +158,48 @@ GROUPS = Rule(
     lambda p: {"n_group": p.moe_router_num_groups or 1, "topk_group": p.moe_router_group_topk or 1},
 )
 
-SHARED_EXPERTS = Rule(  # shared experts run as one wide expert
-    ("n_shared_experts",),
-    lambda c: (
-        {"moe_shared_expert_intermediate_size": c.n_shared_experts * c.moe_intermediate_size}
-        if c.n_shared_experts
-        else {}
-    ),
-    lambda p: {"n_shared_experts": (p.moe_shared_expert_intermediate_size or 0) // p.moe_ffn_hidden_size},
-)
+
+def _topk_method_to_megatron(config: HF) -> Fields:
+    """DeepSeek-V2: a group is scored by its best expert, and groups count only where the method says so."""
+    method = config.topk_method
+    if method == "greedy":
+        return {}
+    if method != "group_limited_greedy":
+        raise ValueError(f"topk_method {method!r} is not built; known: greedy, group_limited_greedy")
+    groups = {"moe_router_num_groups": config.n_group, "moe_router_group_topk": config.topk_group}
+    if missing := [name for name in ("n_group", "topk_group") if not getattr(config, name)]:
+        raise ValueError(f"topk_method group_limited_greedy without {' and '.join(missing)}")
+    return {**groups, "moe_router_group_best": 1}
+
+
+def _topk_method_to_hf(provider) -> Fields:
+    if not provider.moe_router_num_groups:
+        return {"topk_method": "greedy"}
+    return {
+        "topk_method": "group_limited_greedy",
+        "n_group": provider.moe_router_num_groups,
+        "topk_group": provider.moe_router_group_topk,
+    }
+
+
+TOPK_METHOD = Rule(("topk_method", "n_group", "topk_group"), _topk_method_to_megatron, _topk_method_to_hf)
+
+
+def shared_experts(name: str) -> Rule:
+    """`name` shared experts, each as wide as a routed one, run as one wide expert."""
+
+    def to_megatron(config: HF) -> Fields:
+        count = getattr(config, name)
+        return {"moe_shared_expert_intermediate_size": count * config.moe_intermediate_size} if count else {}
+
+    return Rule(
+        (name,),
+        to_megatron,
+        lambda p: {name: (p.moe_shared_expert_intermediate_size or 0) // p.moe_ffn_hidden_size},
+    )
+
+
+SHARED_EXPERTS = shared_experts("n_shared_experts")
 
 # Routing by sigmoid with a bias that chooses and does not weigh; probabilities are renormalised and scaled.
 SIGMOID_ROUTER = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,8 +32,9 @@ Progress = Callable[[str], None]
 class ConversionTask:
     """One parameter or persistent buffer of this rank.
 
-    `alias_of` names the parameter of which this is a second copy (a tied head on the last pipeline stage): imported,
-    never exported. `mirror` names a Hugging Face tensor on disk that repeats this one.
+    `alias_of` names the parameter of which this is a second copy (a tied head on the last pipeline stage, the embedding
+    of an MTP stage): imported, never exported. `repeats` are the copies whose values stand on disk once more, each with
+    the name of the Hugging Face tensor that repeats them.
     """
 
     param_name: str  # global: layer and expert numbers of the whole model
@@ -41,7 +42,12 @@ class ConversionTask:
     tensor: torch.Tensor
     copies: list[Copy]
     alias_of: str | None = None
-    mirror: str | None = None
+    repeats: list[tuple[Copy, str]] = field(default_factory=list)
+
+    @property
+    def hf_names(self) -> set[str]:
+        """Every Hugging Face tensor that this task reads."""
+        return {copy.hf for copy in self.copies} | {name for _, name in self.repeats}
 
 
 def current_layout(provider) -> tuple[Layout, Coords]:
@@ -83,7 +89,7 @@ def global_tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, tor
     """(global name, tensor) of every parameter and persistent buffer of this rank.
 
     Megatron numbers layers and experts from 0 on each rank; the layer's own `layer_number` and the expert-parallel rank
-    say which ones they are.
+    say which ones they are. All heads of multi-token prediction are in one chunk.
     """
     for wrapped in chunks:
         chunk = unwrap(wrapped)
@@ -110,15 +116,18 @@ def _local_module(global_name: str, layers: dict[int, int]) -> str:
 
 
 def build_tasks(
-    chunks, registry: MegatronMappingRegistry, hf_shapes: dict[str, Shape], provider
+    chunks, registry: MegatronMappingRegistry, hf_shapes: dict[str, Shape], provider, repeated: dict[str, str]
 ) -> list[ConversionTask]:
-    """The tasks of this rank in model order. Raises MappingError or PlanError for the first tensor that does not fit."""
+    """The tasks of this rank in model order; `repeated` as in `repeated_tensors`.
+
+    Raises MappingError or PlanError for the first tensor that does not fit.
+    """
     layout, coords = current_layout(provider)
     tied = provider.share_embeddings_and_output_weights
-    head = tied_head(registry, hf_shapes) if tied else None
     tasks = []
     for name, tensor in global_tensors(chunks):
-        alias = EMBEDDING if tied and name == OUTPUT else None
+        second_embedding = name == EMBEDDING and coords.pp > 0
+        alias = EMBEDDING if (tied and name == OUTPUT) or second_embedding else None
         mapping, parts = registry.megatron_to_hf_lookup(alias or name)
         plan = copies(
             name,
@@ -129,17 +138,26 @@ def build_tasks(
             shard_of(mapping, layout, coords),
             tuple(tensor.shape),
         )
-        tasks.append(ConversionTask(name, mapping, tensor, plan, alias, head if name == EMBEDDING else None))
+        repeats = [(copy, again) for copy in plan for again, source in repeated.items() if source == copy.hf]
+        tasks.append(ConversionTask(name, mapping, tensor, plan, alias, [] if alias else repeats))
     return tasks
 
 
-def tied_head(registry: MegatronMappingRegistry, hf_shapes) -> str | None:
-    """The head's Hugging Face name when a tied checkpoint holds it all the same (transformers then ignores it)."""
-    try:
-        _, parts = registry.megatron_to_hf_lookup(OUTPUT)
-    except MappingError:
-        return None
-    return parts[0].hf if parts[0].hf in hf_shapes else None
+def repeated_tensors(
+    declared: dict[str, str], registry: MegatronMappingRegistry, hf_shapes: Iterable[str], *, tied: bool
+) -> dict[str, str]:
+    """{tensor of the checkpoint: the one that it repeats}: those that a family declares (patterns with *), and the head of
+    a tied model that is on disk all the same."""
+    patterns = [(re.compile(re.escape(p).replace(r"\*", r"\d+")), source) for p, source in declared.items()]
+    found = {n: source for n in hf_shapes for pattern, source in patterns if pattern.fullmatch(n)}
+    if tied:
+        try:
+            head, embedding = (registry.megatron_to_hf_lookup(name)[1][0].hf for name in (OUTPUT, EMBEDDING))
+        except MappingError:
+            return found
+        found = {n: embedding if source == head else source for n, source in found.items()}
+        found |= {n: embedding for n in hf_shapes if n == head}
+    return found
 
 
 def box_view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
@@ -184,10 +202,12 @@ def import_weights(
             check_dtype(copy.hf, source.tensors[copy.hf].dtype, task.tensor.dtype, lossy=lossy)
             block = box_view(source.view(copy.hf), copy.hf_box)
             box_view(task.tensor, copy.megatron_box).copy_(block)
-            if task.mirror and not torch.equal(block, box_view(source.view(task.mirror), copy.hf_box)):
+        for copy, again in task.repeats:
+            same = [box_view(source.view(name), copy.hf_box) for name in (copy.hf, again)]
+            if not torch.equal(*same):
                 raise PlanError(
-                    f"{task.mirror} differs from {copy.hf} although tie_word_embeddings is true: remove one of "
-                    "them or set tie_word_embeddings to false"
+                    f"{again} differs from {copy.hf}, of which it should be a copy, and Megatron holds one of them: "
+                    "remove it from the checkpoint (a head: or set tie_word_embeddings to false)"
                 )
         if progress:
             progress(task.param_name)
@@ -203,6 +223,11 @@ def is_writer(task: ConversionTask, coords: Coords) -> bool:
     return coords.dp == 0 and coords.cp == 0 and not (replicated and coords.tp)
 
 
+def destinations(task: ConversionTask) -> list[tuple[Copy, str]]:
+    """What an export writes: each copy with the Hugging Face tensor it goes to."""
+    return [(copy, copy.hf) for copy in task.copies] + task.repeats
+
+
 @torch.no_grad()
 def export_weights(
     tasks: Iterable[ConversionTask],
@@ -213,10 +238,8 @@ def export_weights(
     """This rank's tensors -> `view(hf name)`, the blocks it is the writer of."""
     for task in tasks:
         if is_writer(task, coords):
-            for copy in task.copies:
-                for name in (copy.hf, task.mirror):
-                    if name:
-                        box_view(view(name), copy.hf_box).copy_(box_view(task.tensor, copy.megatron_box))
+            for copy, name in destinations(task):
+                box_view(view(name), copy.hf_box).copy_(box_view(task.tensor, copy.megatron_box))
         if progress:
             progress(task.param_name)
 
@@ -239,9 +262,8 @@ def live_export(
     writers: dict[str, list[tuple[torch.Tensor, Copy]]] = {}
     for task in tasks:
         if is_writer(task, coords):
-            for copy in task.copies:
-                for name in filter(None, (copy.hf, task.mirror)):
-                    writers.setdefault(name, []).append((task.tensor, copy))
+            for copy, name in destinations(task):
+                writers.setdefault(name, []).append((task.tensor, copy))
     device = tasks[0].tensor.device
     for name in names:
         whole = torch.zeros(shape[name], dtype=dtype(name), device=device)

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING as HF_CONFIG_CLASSES
 from transformers import AutoConfig, PreTrainedConfig
 
 from bridges.checkpoint import Checkpoint, CheckpointError
-from bridges.model_bridge import ConfigError
+from bridges.model_bridge import ConfigError, MegatronModelBridge
 
 # Organisations whose hub repositories may run their own code without being asked for each.
 SAFE_REPOS: list[str] = [
@@ -41,6 +41,13 @@ def is_safe_repo(hf_path: str | os.PathLike, trust_remote_code: bool | None = No
         return trust_remote_code
     parts = str(hf_path).split("/")
     return not Path(hf_path).exists() and len(parts) == 2 and parts[0] in SAFE_REPOS and parts[1] != ""
+
+
+class PublishedConfig(PreTrainedConfig):
+    """A config.json as it stands, of a model that has a bridge and no config class; the rope fields are brought together
+    as for every other model."""
+
+    rope_parameters: dict | None = None
 
 
 class PreTrainedCausalLM:
@@ -81,16 +88,15 @@ class PreTrainedCausalLM:
 
 
 def load_config(raw: dict[str, Any], path: Path, trusted: bool) -> PreTrainedConfig:
-    """The config object of a config.json. A model type that transformers does not have becomes a plain config, unless the
-    checkpoint ships code for it: that runs only when `trusted`."""
-    model_type = raw.get("model_type") or ""
+    """The config object of a config.json. For a model type that transformers does not have, a bridge that names it says how
+    to read it. Else code that the checkpoint ships for it runs, only when `trusted`; without any it is a plain config."""
     try:
-        if model_type in HF_CONFIG_CLASSES:
-            return HF_CONFIG_CLASSES[model_type].from_dict(copy.deepcopy(raw))  # it writes into nested dicts
+        if kind := _config_class(raw):
+            return kind.from_dict(copy.deepcopy(raw))  # it writes into nested dicts
         if raw.get("auto_map"):
             if not trusted:
                 raise ConfigError(
-                    f"{path} ships its own code (auto_map) for model type {model_type!r} and may not run it "
+                    f"{path} ships its own code (auto_map) for model type {raw.get('model_type')!r} and may not run it "
                     "(trust_remote_code=False): pass trust_remote_code=True if you trust it"
                 )
             return AutoConfig.from_pretrained(path, trust_remote_code=True)
@@ -99,6 +105,17 @@ def load_config(raw: dict[str, Any], path: Path, trusted: bool) -> PreTrainedCon
         raise
     except Exception as error:  # transformers' strict configs raise their own kinds
         raise ConfigError(f"{path}/config.json: {' '.join(str(error).split())}") from error
+
+
+def _config_class(raw: dict[str, Any]) -> type[PreTrainedConfig] | None:
+    """transformers' own, or that of a bridge's model type which this one is another name of; None: nobody knows."""
+    model_type = raw.get("model_type") or ""
+    if model_type in HF_CONFIG_CLASSES:
+        return HF_CONFIG_CLASSES[model_type]
+    registration = MegatronModelBridge.registered(raw.get("architectures"))
+    if registration is None or not model_type or model_type not in (registration.model_type, *registration.aliases):
+        return None
+    return _config_class({"model_type": registration.model_type}) or PublishedConfig
 
 
 def _hub_folder(repo: str) -> Path:

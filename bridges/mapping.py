@@ -18,14 +18,17 @@ COLUMN, ROW, REPLICATED = "column", "row", "replicated"
 # How Megatron-Core shards what its modules hold: (module, suffix) endings -> sharding. AutoMapping reads this table.
 _MEGATRON_SHARDING = (
     (r"(embedding\.word_embeddings|output_layer)\.weight$", COLUMN),
-    (r"\.(linear_qkv|linear_fc1|linear_q_up_proj|linear_kv_up_proj|linear_q_proj|in_proj)\.(weight|bias)\d*$", COLUMN),
+    (
+        r"\.(linear_qkv|linear_fc1|linear_q_up_proj|linear_kv_up_proj|linear_q_proj|in_proj|eh_proj)\.(weight|bias)\d*$",
+        COLUMN,
+    ),
     (r"\.(linear_proj|linear_fc2|out_proj)\.weight\d*$", ROW),
     (r"\.(linear_proj|linear_fc2|out_proj)\.bias\d*$", REPLICATED),
     (r"(layernorm|_norm|norm)\.(weight|bias)$", REPLICATED),
     (r"\.layer_norm_(weight|bias)$", REPLICATED),
     (r"\.router\.(weight|bias|expert_bias)$", REPLICATED),
     (r"\.shared_experts\.gate_weight$", REPLICATED),
-    (r"\.(linear_q_down_proj|linear_kv_down_proj|eh_proj)\.weight$", REPLICATED),
+    (r"\.(linear_q_down_proj|linear_kv_down_proj)\.weight$", REPLICATED),
     (r"\.core_attention\.softmax_offset$", COLUMN),
 )
 
@@ -55,6 +58,7 @@ class Mapping:
     parts: tuple[Part, ...]
     sharding: str = COLUMN
     padded: bool = False  # vocabulary rows: Megatron may hold more rows than Hugging Face has
+    side_by_side: bool = False  # the parts follow each other within a row, not one after the other down the rows
     sizes: dict[str, int | str] = field(
         default_factory=dict
     )  # symbol -> number, or the provider attribute that holds it
@@ -197,6 +201,14 @@ class ConcatenatedGatedMLPMapping(Mapping):
             megatron_param,
             (Part(hf_param, "([*t f | t f]) h -> t ; f ; h"), Part(hf_param, "([t f | *t f]) h -> t ; f ; h")),
         )
+
+
+class SwappedColumnsMapping(Mapping):
+    """The two halves of a column-parallel weight's columns change places."""
+
+    def __init__(self, megatron_param: str, hf_param: str):
+        second, first = "o ([h | *h]) -> o ; ; h", "o ([*h | h]) -> o ; ; h"
+        super().__init__(megatron_param, (Part(hf_param, second), Part(hf_param, first)), side_by_side=True)
 
 
 class MegatronMappingRegistry:

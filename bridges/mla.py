@@ -86,27 +86,28 @@ _YARN = {
 }
 
 
-def _rope_to_megatron(config) -> Fields:
-    """Yarn scales the softmax by mscale_all_dim, and cos and sin by the ratio of mscale to it."""
-    scaling = dict(getattr(config, "rope_parameters", None) or {})
-    kind = scaling.get("rope_type", "default")
-    if kind == "default":
-        return {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
-    if kind != "yarn":
-        raise ValueError(f"rope_type {kind!r} is not built for multi-latent attention; known: default, yarn")
-    if missing := [k for k in ("mscale", "mscale_all_dim") if not scaling.get(k)]:
-        raise ValueError(f"rope_scaling of type yarn without {' and '.join(missing)} is not built")
-    return {"rope_type": "yarn", **{m: scaling[hf] for hf, m in _YARN.items() if hf in scaling}}
+def rope(yarn: str = "yarn") -> Rule:
+    """Plain or yarn, which scales the softmax by mscale_all_dim, and cos and sin by the ratio of mscale to it. `yarn` is
+    what the family calls it. The general rope rule runs first and gives the base; this one reads the scaling."""
 
+    def to_megatron(config) -> Fields:
+        scaling = dict(getattr(config, "rope_parameters", None) or {})
+        kind = scaling.get("rope_type", "default")
+        if kind == "default":
+            return {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
+        if kind != yarn:
+            raise ValueError(f"rope_type {kind!r} is not built for multi-latent attention; known: default, {yarn}")
+        if missing := [k for k in ("mscale", "mscale_all_dim") if not scaling.get(k)]:
+            raise ValueError(f"rope_scaling of type yarn without {' and '.join(missing)} is not built")
+        return {"rope_type": "yarn", **{m: scaling[hf] for hf, m in _YARN.items() if hf in scaling}}
 
-def _rope_to_hf(provider) -> Fields:
-    if provider.rope_type == "rope":
-        return {"rope_scaling": None}
-    return {"rope_scaling": {"rope_type": "yarn", **{hf: getattr(provider, m) for hf, m in _YARN.items()}}}
+    def to_hf(provider) -> Fields:
+        if provider.rope_type == "rope":
+            return {"rope_scaling": None}
+        return {"rope_scaling": {"rope_type": yarn, **{hf: getattr(provider, m) for hf, m in _YARN.items()}}}
 
+    return Rule(("rope_scaling",), to_megatron, to_hf)
 
-# The general rope rule runs first and gives the base; this one reads the scaling.
-ROPE = Rule(("rope_scaling",), _rope_to_megatron, _rope_to_hf)
 
 # Heads are counted once in this attention; transformers' head_dim is the rotated part, which has its own field.
 HEADS = Rule(
@@ -117,10 +118,12 @@ HEADS = Rule(
 
 
 Q_LORA = Rule(  # null is a value: queries straight from the hidden state
-    ("q_lora_rank",), lambda c: {"q_lora_rank": c.q_lora_rank}, lambda p: {"q_lora_rank": p.q_lora_rank}
+    ("q_lora_rank",),
+    lambda c: {"q_lora_rank": getattr(c, "q_lora_rank", None)},
+    lambda p: {"q_lora_rank": p.q_lora_rank},
 )
 
-RULES = (ROPE, HEADS, Q_LORA)
+RULES = (rope(), HEADS, Q_LORA)
 
 
 def attention(*, layer: str = HF_LAYER) -> list[Mapping]:

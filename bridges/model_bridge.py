@@ -36,6 +36,7 @@ class Registration:
     target: type | None
     provider: type[GPTModelProvider]
     model_type: str | None
+    aliases: tuple[str, ...] = ()  # further model types that config.json may carry for the same model
 
 
 _REGISTERED: dict[str, Registration] = {}
@@ -80,6 +81,8 @@ class MegatronModelBridge:
     HF_DEFAULTS: ClassVar[dict[str, Any]] = {}
     # Fields that change the computation and of which only this value is built.
     HF_FIXED: ClassVar[dict[str, Any]] = {}
+    # For a model type that transformers does not have: the fields that config.json must state, and those that we write.
+    HF_FIELDS: ClassVar[frozenset[str]] = frozenset()
     # Fields that do not change what the forward computes.
     HF_INERT: ClassVar[frozenset[str]] = frozenset(
         {
@@ -117,6 +120,8 @@ class MegatronModelBridge:
 
     _BASE_RULES: ClassVar[tuple[Rule, ...]] = (ROPE, DTYPE, HEAD_DIM, WINDOW)
     registration: ClassVar[Registration | None] = None
+    # The config of the model at hand, set by AutoBridge; some names on disk count from the number of layers.
+    hf_config: PreTrainedConfig | None = None
 
     # -- registration ------------------------------------------------------------------------------------------------
 
@@ -128,8 +133,13 @@ class MegatronModelBridge:
         target: type | None = None,
         provider: type[GPTModelProvider] | None = None,
         model_type: str | None = None,
+        aliases: tuple[str, ...] = (),
     ):
-        """Class decorator. `source` is a transformers class or the name that config.json gives in `architectures`."""
+        """Class decorator. `source` is a transformers class or the name that config.json gives in `architectures`.
+
+        A config.json whose model type transformers does not have is read without the code that it ships when the model
+        type is `model_type` or one of `aliases`: as `model_type`'s config class, or as it stands where there is none.
+        """
         architecture = source if isinstance(source, str) else source.__name__
 
         def register(bridge: type[MegatronModelBridge]) -> type[MegatronModelBridge]:
@@ -140,7 +150,7 @@ class MegatronModelBridge:
                     _REGISTERED[architecture].bridge.__name__,
                     architecture,
                 )
-            registration = Registration(bridge, architecture, target, provider or GPTModelProvider, model_type)
+            registration = Registration(bridge, architecture, target, provider or GPTModelProvider, model_type, aliases)
             bridge.registration = _REGISTERED[architecture] = registration
             return bridge
 
@@ -151,11 +161,15 @@ class MegatronModelBridge:
         return sorted(_REGISTERED)
 
     @staticmethod
+    def registered(architectures: list[str] | None) -> Registration | None:
+        """The registration for a config's `architectures`, if there is one."""
+        return next((_REGISTERED[a] for a in architectures or () if a in _REGISTERED), None)
+
+    @staticmethod
     def find(architectures: list[str] | None) -> Registration:
         """The registration for a config's `architectures`. ConfigError names the architecture and the nearest known."""
-        for architecture in architectures or ():
-            if architecture in _REGISTERED:
-                return _REGISTERED[architecture]
+        if registration := MegatronModelBridge.registered(architectures):
+            return registration
         name = (architectures or ["(none given)"])[0]
         near = difflib.get_close_matches(name, _REGISTERED, n=1)
         raise ConfigError(
@@ -176,6 +190,8 @@ class MegatronModelBridge:
         known = {hf for hf, _ in cls.CONFIG_MAPPING} | {f for rule in cls._rules() for f in rule.hf}
         known |= {"hidden_act", "hidden_activation"} | cls.HF_INERT
         values = {**config.to_dict(), **(raw or {})}
+        if missing := [name for name in sorted(cls.HF_FIELDS) if values.get(name) is None]:
+            raise ConfigError(f"config field {missing[0]} is missing: only the model's own code knows its default")
         for name, value in sorted(values.items()):
             if name in cls.HF_FIXED:
                 if value not in (cls.HF_FIXED[name], None):
@@ -225,6 +241,8 @@ class MegatronModelBridge:
                 config["model_type"] = registration.model_type
         config["hidden_act"] = cls.megatron_to_hf_activation(provider.activation_func)
         for hf, megatron in cls.CONFIG_MAPPING:
+            if megatron.startswith("moe_") and not provider.num_moe_experts:
+                continue  # Megatron has defaults for experts that are not there
             if (value := getattr(provider, megatron, None)) is not None:
                 config[hf] = value
         for rule in cls._rules():
@@ -243,10 +261,10 @@ class MegatronModelBridge:
             config = {k: v for k, v in config.items() if k in fields}
         return config
 
-    @staticmethod
-    def _declared_fields(model_type: str | None) -> set[str]:
+    @classmethod
+    def _declared_fields(cls, model_type: str | None) -> set[str]:
         if not model_type or model_type not in HF_CONFIG_CLASSES:
-            return set()
+            return set(cls.HF_FIELDS | cls.HF_FIXED.keys()) if cls.HF_FIELDS else set()
         blank = HF_CONFIG_CLASSES[model_type]()
         return set(blank.to_dict()) | set(blank.attribute_map)
 
@@ -279,5 +297,7 @@ class MegatronModelBridge:
     def mapping_registry(self) -> MegatronMappingRegistry:
         raise NotImplementedError(f"{type(self).__name__} does not say which tensors its parameters are made of")
 
+    # Hugging Face tensors (patterns with *) that repeat another one: compared on import, written again on export.
+    REPEATED_TENSORS: ClassVar[dict[str, str]] = {}
     # Hugging Face tensors (patterns with *) that no Megatron parameter needs, each with the reason.
     IGNORED_TENSORS: ClassVar[dict[str, str]] = {}

@@ -78,6 +78,9 @@ def copies(
     key = tuple((p.view, p.index) for p in parts)
     symbols = tuple(sorted({**sizes, "t": shard.size}.items()))
     try:
+        if mapping.side_by_side:  # a row of several parts is, in memory, a row of each after the other
+            rows, columns = local_shape
+            local_shape = (rows * len(parts), columns // len(parts))
         boxes = _boxes(key, tuple(shapes), symbols, shard, tuple(local_shape), mapping.padded)
     except ViewError as error:
         wrong = parts if error.part is None else [parts[error.part]]
@@ -205,12 +208,12 @@ class Coverage:
 def prove(
     hf_shapes: Mapping[str, Shape],
     plans: Iterable[tuple[str, Shape, Sequence[Copy], bool]],
-    ignored: Iterable[str] = (),
+    repeated: Mapping[str, str] | None = None,
 ) -> Coverage:
     """Every HF element in exactly one shard, every Megatron element written exactly once.
 
     `plans` yields (parameter, local shape, copies, padded) for each distinct shard of each parameter (replicas once).
-    `ignored` HF names are accounted for elsewhere (a tied head on disk, say).
+    `repeated` HF tensors are second copies of another one and go where it goes.
     """
     coverage = Coverage()
     by_hf: dict[str, list[Box]] = {}
@@ -223,8 +226,8 @@ def prove(
             coverage.errors.append(f"Megatron {name} {shape}: {fault}")
         for copy in plan:
             by_hf.setdefault(copy.hf, []).append(copy.hf_box)
-    for name in ignored:
-        by_hf.setdefault(name, [Box(0, (math.prod(hf_shapes[name]),), (1,))])
+    for name, source in (repeated or {}).items():
+        by_hf.setdefault(name, by_hf.get(source, []))
     for name, shape in hf_shapes.items():
         numel = math.prod(shape)
         if name not in by_hf:
@@ -274,7 +277,7 @@ def prove_layout(
     provider,
     layout: Layout,
     *,
-    ignored: Iterable[str] = (),
+    repeated: Mapping[str, str] | None = None,
     alias: Mapping[str, str] | None = None,
 ) -> Coverage:
     """The proof for a whole layout from shapes alone: each parameter is planned for each of its shards.
@@ -299,7 +302,7 @@ def prove_layout(
                 )
 
     try:
-        return prove(hf_shapes, plans(), ignored)
+        return prove(hf_shapes, plans(), repeated)
     except (PlanError, MappingError) as error:
         return Coverage(errors=[str(error)])
 

@@ -19,7 +19,7 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bridges import cpu_substitutions
+from bridges import cpu_substitutions, routing
 from bridges.layout import Layout, LayoutError
 from bridges.rope import Rotary, inverse_frequencies
 
@@ -57,6 +57,8 @@ class GPTModelProvider(TransformerConfig):
     moe_router_load_balancing_type: str = "none"
     moe_aux_loss_coeff: float = 0.0
     moe_shared_expert_gate: bool = False
+    # A group of experts scores the sum of this many of its best; None: topk // group_topk, as Megatron has it.
+    moe_router_group_best: int | None = None
 
     # Fusions need GPU kernels and change nothing that a parity check looks at.
     bias_activation_fusion: bool = False
@@ -134,12 +136,17 @@ class GPTModelProvider(TransformerConfig):
             self.pipeline_dtype = self.params_dtype
         self.check_layout()
         chunks = [["decoder"] * len(layers) for layers in self.layout.chunk_layers(self.num_layers)]
+        chunks[-1] += ["mtp"] * (self.mtp_num_layers or 0)
         if self.pipeline_model_parallel_size > 1:
             # Always explicit: uneven splits, virtual stages and MTP stages are then one mechanism.
             chunks[0].insert(0, "embedding")
             chunks[-1].append("loss")
             self.pipeline_model_parallel_layout = chunks
+        routing.check(self)
+        biased_softmax = routing.biased_softmax(self)
+        self.moe_router_enable_expert_bias &= not biased_softmax  # Megatron refuses what bridges.routing adds to it
         super().__post_init__()
+        self.moe_router_enable_expert_bias |= biased_softmax
         self.rope_frequencies()  # an unknown kind of rope should fail here, not in the forward
         self._final = True
         return self
@@ -169,6 +176,13 @@ class GPTModelProvider(TransformerConfig):
         """Megatron's own block spec; on a CPU its Transformer Engine modules are those of bridges.cpu_backend."""
         return gpt_layer_specs.get_gpt_decoder_block_spec(self, use_transformer_engine=True, vp_stage=vp_stage)
 
+    def mtp_spec(self, vp_stage: int | None) -> Any:
+        """The heads of multi-token prediction, where this chunk has them; each runs a layer like the decoder's last."""
+        if not self.mtp_num_layers:
+            return None
+        layers: Any = gpt_layer_specs.get_gpt_decoder_layer_specs(self, use_transformer_engine=True)
+        return gpt_layer_specs.get_gpt_mtp_block_spec(self, layers[-1], use_transformer_engine=True, vp_stage=vp_stage)
+
     def provide(self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> GPTModel:
         """One model chunk for this rank (process groups must exist)."""
         if not self._final:
@@ -180,6 +194,7 @@ class GPTModelProvider(TransformerConfig):
         model = GPTModel(
             config=self,
             transformer_layer_spec=self.layer_spec(vp_stage),
+            mtp_block_spec=self.mtp_spec(vp_stage),
             vocab_size=self.padded_vocab_size,
             max_sequence_length=self.max_position_embeddings,
             pre_process=pre_process,
@@ -191,10 +206,15 @@ class GPTModelProvider(TransformerConfig):
             rotary_base=int(self.rotary_base),
             vp_stage=vp_stage,
         )
+        if self.share_embeddings_and_output_weights and model.mtp_process and post_process:
+            # The head reads the embedding there. Megatron 0.19 allocates a weight all the same where this is not the first
+            # stage, never reads it, and fails to save the model because of it.
+            model.output_layer.weight = None
         if (frequencies := self.rope_frequencies()) is not None:
             model.rotary_pos_emb = Rotary(
                 frequencies, interleaved=self.rotary_interleaved, cp_group=model.pg_collection.cp
             )
+        routing.install(model, self)
         return model
 
     def provide_distributed_model(self, wrap_with_ddp: bool = True) -> list:

@@ -1,6 +1,10 @@
 """The harness: rows, layouts, checks and reports. `verify` is the function behind `goldengate verify`."""
 
+import os
 from typing import Any
+
+# The parent of the ranks asks whether there is a GPU and must not start CUDA by asking: its children could not use it.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import CONFIG_MAPPING as HF_CONFIG_CLASSES
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import toy_models
 from bridges import AutoBridge, Layout, MegatronModelBridge
@@ -64,7 +63,7 @@ class Subject:
         """Write the row's checkpoint below `folder` and load its golden; ValueError when that is stale."""
         golden = goldens.load(row)
         model = toy_models.build(row)
-        config_hash = goldens.hash_config(toy_models.config_dict(row))
+        config_hash = goldens.hash_config(toy_models.golden_key(row))
         if stale := goldens.check_fresh(row, config_hash, toy_models.weights_hash(model)):
             raise ValueError(stale)
         return cls(row, toy_models.write(row, folder / "hf"), golden, bridge)
@@ -131,11 +130,11 @@ def check_config(bench: Bench) -> Outcome:
         **{k: v for k, v in original.items() if k in inert | set(auto._model_bridge.HF_FIXED)},  # carried over
         **json.loads(json.dumps(type(auto._model_bridge).megatron_to_hf_config(provider))),
     }
-    kind = HF_CONFIG_CLASSES[original["model_type"]]
-    before, after = (kind.from_dict(dict(c)).to_dict() for c in (original, regenerated))
+    before, after = (toy_models.hf_config(subject.row, c).to_dict() for c in (original, regenerated))
     fields = [f for f in sorted({*before, *after}) if f not in inert]
     wrong = [f"{f}: {after.get(f)!r} should be {before.get(f)!r}" for f in fields if before.get(f) != after.get(f)]
-    model = type(subject.reference)._from_config(kind.from_dict(dict(regenerated)), attn_implementation="eager")
+    config = toy_models.hf_config(subject.row, regenerated)
+    model = type(subject.reference)._from_config(config, attn_implementation="eager")
     try:
         model.load_state_dict(subject.reference.state_dict(), strict=True)
     except RuntimeError as error:
@@ -171,7 +170,8 @@ def check_complete(bench: Bench) -> Outcome:
 
     parameters = unsharded(bench, registry)
     alias = {"output_layer.weight": ""} if provider.share_embeddings_and_output_weights else {}
-    coverage = prove_layout(parameters, registry, shapes, provider, layout, alias=alias)
+    repeated = subject.auto_bridge.repeated_tensors(subject.source, provider)
+    coverage = prove_layout(parameters, registry, shapes, provider, layout, repeated=repeated, alias=alias)
     faults += coverage.errors
     for rank, built in enumerate(bench.built):
         expected = expected_on(rank, parameters, registry, provider, layout)
@@ -207,16 +207,21 @@ def expected_on(rank: int, parameters, registry, provider, layout: Layout) -> di
     chunks = layout.chunk_layers(provider.num_layers)
     mine = {layer for c, layers in enumerate(chunks) if c % layout.pp == coords.pp for layer in layers}
     first, last = coords.pp == 0, coords.pp == layout.pp - 1
+    tied, heads = provider.share_embeddings_and_output_weights, bool(provider.mtp_num_layers)
     experts = layout.experts(coords.ep, provider.num_moe_experts) if provider.num_moe_experts else range(0)
     held = {}
     for parameter in parameters:
         head, _, tail = parameter.name.partition(".")
         if head == "embedding":
-            here = first
+            here = first or (last and heads)  # the heads of multi-token prediction look tokens up themselves
         elif head == "output_layer":
-            here = last and not (provider.share_embeddings_and_output_weights and first)
+            here = last and not (tied and (first or heads))
+        elif head == "mtp":
+            here = last
         elif tail.startswith("layers."):
             here = int(tail.split(".")[1]) in mine
+        elif heads:  # then the final norm is where the last decoder layer is
+            here = provider.num_layers - 1 in mine
         else:
             here = last
         lookup = "embedding.word_embeddings.weight" if head == "output_layer" else parameter.name
@@ -276,26 +281,45 @@ def gather_shards(by_rank) -> jobs.Global:
 
 
 def check_logits(bench: Bench) -> Outcome:
-    """Megatron's logits in this layout, on every replica, against the golden."""
+    """Megatron's logits in this layout, of the main model and of every head of multi-token prediction, on every replica,
+    against the golden."""
     golden = bench.subject.golden
-    replicas = assemble(bench.run(jobs.forward, golden.inputs.numpy()), bench.layout, golden.logits.shape)
-    results = [compare(torch.from_numpy(r), golden.logits, golden.gate) for r in replicas]
-    worst = max(results, key=lambda c: c.value)
-    detail = worst.detail
-    if not worst.ok:
+    expected = [golden.logits, *golden.mtp_logits]
+    replicas = assemble(
+        bench.run(jobs.forward, golden.inputs.numpy()), bench.layout, (len(expected), *golden.logits.shape)
+    )
+    # Head k has seen k tokens more: the last k places have no token to see.
+    results = [
+        (compare(torch.from_numpy(replica[k][:, : want.shape[1]]), want, golden.gate), k)
+        for replica in replicas
+        for k, want in enumerate(expected)
+    ]
+    worst, head = max(results, key=lambda result: result[0].value)
+    detail = (f"multi-token prediction head {head}: " if head else "") + worst.detail
+    if not worst.ok and not head:
         detail += "; " + localise(bench)
-    return Outcome(worst.ok and len(results) == bench.layout.dp, worst.value, golden.gate, "rel rms", detail)
+    elif worst.ok and golden.mtp_logits:
+        detail += f"; {len(golden.mtp_logits)} head(s) of multi-token prediction among them"
+    compared = len(results) == bench.layout.dp * len(expected)
+    return Outcome(worst.ok and compared, worst.value, golden.gate, "rel rms", detail)
 
 
 def assemble(by_rank, layout: Layout, shape) -> list[np.ndarray]:
-    """Whole logits [batch, sequence, vocab], one for each data-parallel replica; padded vocabulary columns dropped."""
-    batch, length, vocab = shape
-    replicas = [np.full((batch, length, vocab), np.nan, np.float32) for _ in range(layout.dp)]
+    """Whole logits [heads, batch, sequence, vocab], one for each data-parallel replica; padded vocabulary columns dropped.
+
+    ValueError when Megatron made another number of heads.
+    """
+    heads, _, length, vocab = shape
+    replicas = [np.full(shape, np.nan, np.float32) for _ in range(layout.dp)]
     for coords, local in by_rank:
         if local is not None:
+            if len(local) != heads:
+                raise ValueError(
+                    f"Megatron made logits of {len(local)} heads; the golden has {heads}, the main one included"
+                )
             columns = slice(coords.tp * local.shape[-1], min((coords.tp + 1) * local.shape[-1], vocab))
             rows = zigzag_positions(length // layout.cp, coords.cp, layout.cp).numpy()
-            replicas[coords.dp][:, rows, columns] = local[..., : columns.stop - columns.start]
+            replicas[coords.dp][:, :, rows, columns] = local[..., : columns.stop - columns.start]
     return replicas
 
 
@@ -334,19 +358,16 @@ def check_reload(bench: Bench) -> Outcome:
 
 def _reload(subject: Subject, folder: Path) -> Outcome:
     golden = subject.golden
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32, ignore_mismatched_sizes=True
-    )
-    model, info = loaded
+    model, info = toy_models.load(subject.row, folder, dtype=torch.float32, ignore_mismatched_sizes=True)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[problem]:
-            keys = sorted(map(str, info[problem]))
+        if keys := sorted(map(str, info[problem])):
             return Outcome(False, len(keys), 0, problem.replace("_", " "), f"{problem}: {', '.join(keys[:4])}")
     if toy_models.weights_hash(model) != toy_models.weights_hash(subject.reference):
         found = model.state_dict()
         wrong = [n for n, t in subject.reference.state_dict().items() if not torch.equal(found[n], t)]
         return Outcome(False, len(wrong), 0, "tensors", f"other weights than the row's: {', '.join(wrong[:4])}")
-    result = compare(_logits(model.eval(), golden.inputs), golden.logits, golden.gate)
+    found = goldens.reference_logits(model.eval(), golden.inputs)
+    result = max((compare(found[n], golden.tensors[n], golden.gate) for n in found), key=lambda c: c.value)
     return Outcome(result.ok, result.value, golden.gate, "rel rms", f"same weights; {result.detail}")
 
 

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 import goldens
 import toy_models
 from harness.compare import relative_rms
-from harness.gradients import cotangent, fingerprints, hf_gradients, worst_difference
+from harness.gradients import cotangents, fingerprints, hf_gradients, worst_difference
 
 FOLDER = Path(goldens.__file__).parent
 GATE = 1e-4  # relative RMS that a Megatron model's logits may differ by, in fp32
@@ -36,11 +36,11 @@ LIBRARIES = ("goldengate", "numpy", "torch", "transformers")
 class Golden:
     """A row's reference values.
 
-    `tensors` has at least `inputs`, int64 [batch, sequence], `logits`, float32 [batch, sequence, vocab], and
-    `gradients`, the `fingerprints` of harness.gradients; further references (MTP logits) are further keys.
-    `provenance` says where they come from: row, config_hash, weights_hash, tensors_hash, seed, versions,
-    command, reason, noise (relative RMS of the logits, fp32_vs_fp64 and eager_vs_sdpa), gate (the relative
-    RMS limit), gradient_noise (fp32 against fp64, the worst tensor) and gradient_gate.
+    `tensors` has `inputs`, int64 [batch, sequence], `logits`, float32 [batch, sequence, vocab], and `gradients`, the
+    fingerprints of harness.gradients; rows with multi-token prediction have `mtp_logits_<k>`, float32 [batch,
+    sequence - k, vocab]. `provenance` says where they come from: row, config_hash, weights_hash, tensors_hash, seed,
+    versions, command, reason, noise (relative RMS of logits, fp32_vs_fp64 and eager_vs_sdpa), gate (the relative RMS
+    limit), gradient_noise (fp32 against fp64, the worst tensor) and gradient_gate.
     """
 
     row: str
@@ -54,6 +54,11 @@ class Golden:
     @property
     def logits(self) -> torch.Tensor:
         return self.tensors["logits"]
+
+    @property
+    def mtp_logits(self) -> list[torch.Tensor]:
+        """[batch, sequence - k, vocab] of the heads k = 1, 2, ... (none for most rows)."""
+        return [self.tensors[name] for name in sorted(self.tensors) if name.startswith("mtp_logits_")]
 
     @property
     def gate(self) -> float:
@@ -130,7 +135,8 @@ def load(row: str) -> Golden:
 
 
 def compute(row: str, reason: str, command: str) -> Golden:
-    """The row's golden from HF in fp32 with eager attention on the CPU; nothing is written.
+    """The row's golden from HF in fp32 with eager attention on the CPU; nothing is written. One thread computes, as in the
+    ranks: sums do not depend on how many cores the machine has.
 
     Noise is measured against fp64 with the same weights and against sdpa attention. ValueError without a
     reason, and while either differs by more than 1e-4, or a gradient by more than 1e-4 from fp64's: then the
@@ -138,18 +144,27 @@ def compute(row: str, reason: str, command: str) -> Golden:
     """
     if not reason.strip():
         raise ValueError(f"row {row}: a golden needs a reason; give one with: {regen_command(row)}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _compute(row, reason, command)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _compute(row: str, reason: str, command: str) -> Golden:
     ids = toy_models.inputs(row)
     model = toy_models.build(row)
-    logits = _logits(model, ids)
-    sdpa = _logits(toy_models.build(row, attn_implementation="sdpa"), ids)
-    weights = cotangent(row, tuple(logits.shape))
-    gradients = hf_gradients(model, ids, weights)
+    found = reference_logits(model, ids)
+    sdpa = reference_logits(toy_models.build(row, attn_implementation="sdpa"), ids)
+    weights = cotangents(row, list(found.values()))
+    gradients = hf_gradients(row, model, ids, weights)
     with _Double():
         double = toy_models.build(row, dtype=torch.float64)
-        exact, exact_gradients = _logits(double, ids), hf_gradients(double, ids, weights)
+        exact, exact_gradients = reference_logits(double, ids), hf_gradients(row, double, ids, weights)
     noise = {
-        "eager_vs_sdpa": _three_digits(relative_rms(sdpa, logits)),
-        "fp32_vs_fp64": _three_digits(relative_rms(logits, exact)),
+        "eager_vs_sdpa": _three_digits(max(relative_rms(sdpa[key], found[key]) for key in found)),
+        "fp32_vs_fp64": _three_digits(max(relative_rms(found[key], exact[key]) for key in found)),
     }
     if noise["eager_vs_sdpa"] > GATE:
         raise ValueError(
@@ -168,10 +183,10 @@ def compute(row: str, reason: str, command: str) -> Golden:
             f"row {row}: HF's gradients in fp32 and in fp64 differ by {gradient_noise} in some tensor, too much for "
             f"a gate of {GRADIENT_GATE_LIMIT}; try another _inputs_seed in toy_models/rows/{row}.json"
         )
-    tensors = {"inputs": ids, "logits": logits, "gradients": fingerprints(gradients)}
+    tensors = {"inputs": ids, **found, "gradients": fingerprints(gradients)}
     provenance = {
         "row": row,
-        "config_hash": hash_config(toy_models.config_dict(row)),
+        "config_hash": hash_config(toy_models.golden_key(row)),
         "weights_hash": toy_models.weights_hash(model),
         "tensors_hash": toy_models.weights_hash(tensors),
         "seed": toy_models.SEED,
@@ -220,9 +235,13 @@ def _three_digits(value: float) -> float:
     return float(f"{value:.2e}")
 
 
-def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def reference_logits(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`logits` [batch, sequence, vocab] of a toy model and `mtp_logits_<k>` [batch, sequence - k, vocab] of its heads."""
     with torch.no_grad():
-        return model(ids, use_cache=False).logits
+        found = {"logits": model(ids, use_cache=False).logits}
+        heads = getattr(model, "mtp", None)
+        extra = toy_models.mtp.logits(heads, model, ids) if heads is not None else []
+    return found | {f"mtp_logits_{k}": tensor for k, tensor in enumerate(extra, start=1)}
 
 
 def _drift(new: Golden) -> Drift:

@@ -7,13 +7,13 @@ Megatron's softmax, so a cross-entropy would differ between layouts of a correct
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
 
 import toy_models
 from harness.compare import relative_rms
@@ -23,25 +23,44 @@ PROJECTIONS = 4
 Gradients = Mapping[str, torch.Tensor]
 
 
-def cotangent(row: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """What the logits' gradient is, float32 [batch, sequence, vocab]; the same in every run."""
-    return torch.from_numpy(toy_models.random_tensor(f"cotangent of {row}", shape, kind="matrix"))
+def cotangents(row: str, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What the gradients of the logits are, float32 [1 + heads, batch, sequence, vocab], for the main model's logits and
+    those of its heads of multi-token prediction; zero at the last k places of head k, which have no token to see."""
+    whole = torch.zeros(len(logits), *logits[0].shape)
+    for k, one in enumerate(logits):
+        name = f"cotangent of {row}" + (f" head {k}" if k else "")
+        whole[k, :, : one.shape[1]] = torch.from_numpy(toy_models.random_tensor(name, one.shape, kind="matrix"))
+    return whole
 
 
-def hf_gradients(model: PreTrainedModel, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    """{name in the published checkpoint: gradient of sum(logits x weights)}, of the tensors that get one.
+def hf_gradients(row: str, model: Any, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{name in the published checkpoint: gradient of the sum of logits x weights} of a toy model, of the tensors that get
+    one: buffers and frozen parameters have none by nature.
 
-    Renaming and fusing are linear, so gradients are saved under the parameters' names like any weights. The model's own
-    weights and `.grad` are left alone.
+    Renaming and fusing are linear, so a model whose weights are the gradients is saved like any other. The model gets its
+    own weights back.
     """
-    logits = model(ids, use_cache=False).logits
-    parameters = dict(model.named_parameters())  # a tied tensor once
-    found = torch.autograd.grad((logits * weights.to(logits.dtype)).sum(), list(parameters.values()), allow_unused=True)
-    with tempfile.TemporaryDirectory() as folder:
-        state = {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
-        model.save_pretrained(folder, state_dict=state)
-        saved = [load_file(file) for file in Path(folder).glob("*.safetensors")]
-    return {name: grad for part in saved for name, grad in part.items()}
+    made = [model(ids, use_cache=False).logits]
+    if model.mtp is not None:
+        made += toy_models.mtp.logits(model.mtp, model, ids)
+    total = torch.stack([(m * w[:, : m.shape[1]].to(m.dtype)).sum() for m, w in zip(made, weights, strict=True)]).sum()
+    parts = [part for part in (model, model.mtp) if part is not None]
+    tensors = {id(t): t for part in parts for t in (*part.parameters(), *part.buffers())}  # a tied one once
+    trained = [t for t in tensors.values() if t.requires_grad]
+    found = torch.autograd.grad(total, trained, materialize_grads=True, allow_unused=True)
+    kept = [(t, t.data) for t in tensors.values()]
+    try:
+        for tensor in tensors.values():
+            tensor.data = torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor.data
+        for tensor, gradient in zip(trained, found, strict=True):
+            tensor.data = gradient
+        with tempfile.TemporaryDirectory() as folder:
+            toy_models.save(row, model, folder)
+            saved = [load_file(file) for file in Path(folder).glob("*.safetensors")]
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+    return {name: grad for part in saved for name, grad in part.items() if not grad.isnan().all()}
 
 
 def worst_difference(actual: Gradients, expected: Gradients) -> float:

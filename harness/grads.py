@@ -10,13 +10,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from bridges.conversion import box_view, current_layout, is_writer
+from bridges.conversion import box_view, current_layout, destinations, is_writer
 from bridges.cpu_backend import zigzag_positions
 from bridges.views import Box
 from harness import jobs
 from harness.checks import Bench, NotApplicable, Outcome, Subject
 from harness.compare import relative_rms
-from harness.gradients import compare_fingerprints, cotangent, hf_gradients
+from harness.gradients import compare_fingerprints, cotangents, hf_gradients
 
 Blocks = tuple[np.ndarray, list[tuple[str, Box]]]
 
@@ -31,7 +31,7 @@ def check_grads(bench: Bench) -> Outcome:
             "Megatron-Core refuses to train experts under tensor parallelism without sequence parallelism"
         )
     golden = subject.golden
-    weights = cotangent(subject.row, tuple(golden.logits.shape))
+    weights = cotangents(subject.row, [golden.logits, *golden.mtp_logits])
     expected, wrong = _reference(subject, weights)
     shapes = {name: info.shape for name, info in subject.source.tensors.items()}
     actual = assemble(bench.run(backward, golden.inputs.numpy(), weights.numpy()), shapes)
@@ -63,7 +63,7 @@ def _reference(subject: Subject, weights: torch.Tensor) -> tuple[dict[str, torch
     """Hugging Face's gradients and where they differ from the golden's fingerprints; once a row."""
     if subject.gradients is None:
         golden = subject.golden
-        found = hf_gradients(subject.reference, golden.inputs, weights)
+        found = hf_gradients(subject.row, subject.reference, golden.inputs, weights)
         subject.gradients = found, compare_fingerprints(found, golden.tensors["gradients"], golden.gradient_gate)
     return subject.gradients
 
@@ -87,7 +87,7 @@ def assemble(by_rank: list[Blocks], shapes: dict[str, tuple[int, ...]]) -> dict[
 
 def backward(input_ids: np.ndarray, cotangent: np.ndarray) -> Blocks:
     """The finalised gradients of the blocks that this rank would export, one after the other in fp32, and the place of
-    each in the Hugging Face tensors. Parameters that need no gradient are left out."""
+    each in the Hugging Face tensors. Parameters that need no gradient are left out. `cotangent`: of `cotangents`."""
     this = jobs.current()
     provider: Any = this.provider
     layout, coords = current_layout(provider)
@@ -96,15 +96,16 @@ def backward(input_ids: np.ndarray, cotangent: np.ndarray) -> Blocks:
         DistributedDataParallel(provider, DistributedDataParallelConfig(), chunk) for chunk in this.chunks
     ]
     provider.finalize_model_grads_func = finalize_model_grads
+    provider.mtp_loss_scaling_factor = 0.0  # Megatron adds a loss of its own for each head
     for chunk in wrapped:
         chunk.zero_grad_buffer()
 
-    ids = torch.from_numpy(input_ids).roll(-coords.dp, 0)
+    ids = torch.from_numpy(input_ids).roll(-coords.dp, 0).to(jobs.device())
     batch, length = ids.shape
-    positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp)
+    positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp).to(jobs.device())
     size = max(batch // layout.pp, 1)
     tokens = ids[:, positions].split(size)
-    weights = torch.from_numpy(cotangent).roll(-coords.dp, 0)[:, positions].split(size)
+    weights = torch.from_numpy(cotangent).to(jobs.device()).roll(-coords.dp, 1)[:, :, positions].split(size, dim=1)
     position_ids = positions[None].expand(tokens[0].shape)
 
     def step(iterator, model):
@@ -113,25 +114,32 @@ def backward(input_ids: np.ndarray, cotangent: np.ndarray) -> Blocks:
         def loss(logits):
             start = coords.tp * logits.size(-1)
             local = weight[..., start : start + logits.size(-1)]
+            made.pop()  # the main model's once more, and before them its heads'
+            heads = [one.transpose(0, 1) for one in made]
+            made.clear()
+            total = sum(
+                (one[..., : local.size(-1)] * part).sum() for one, part in zip([logits, *heads], local, strict=True)
+            )
             # The schedule averages over microbatches; this is a sum.
-            return (logits[..., : local.size(-1)] * local).sum() * len(tokens), {}
+            return total * len(tokens), {}
 
         return model(piece, position_ids, None), loss
 
-    get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=[iter(list(zip(tokens, weights, strict=True))) for _ in wrapped],
-        model=wrapped,
-        num_microbatches=len(tokens),
-        seq_length=length,
-        micro_batch_size=tokens[0].shape[0],
-        forward_only=False,
-    )
-    pieces, boxes = [torch.empty(0)], []
+    with jobs.recorded_heads(this.chunks) as made:
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[iter(list(zip(tokens, weights, strict=True))) for _ in wrapped],
+            model=wrapped,
+            num_microbatches=len(tokens),
+            seq_length=length,
+            micro_batch_size=tokens[0].shape[0],
+            forward_only=False,
+        )
+    pieces, boxes = [torch.empty(0, device=jobs.device())], []
     for task in tasks:
         if task.tensor.requires_grad and is_writer(task, coords):
             grad: Any = task.tensor.main_grad  # type: ignore[attr-defined]
-            for copy in task.copies:
+            for copy, name in destinations(task):
                 pieces.append(box_view(grad, copy.megatron_box).float().reshape(-1))
-                boxes.append((copy.hf, copy.hf_box))
+                boxes.append((name, copy.hf_box))
     return torch.cat(pieces).cpu().numpy(), boxes

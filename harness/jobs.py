@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from bridges import AutoBridge, Layout
-from bridges.conversion import current_layout, global_tensors
+from bridges.conversion import current_layout, global_tensors, unwrap
 from bridges.cpu_backend import zigzag_positions
 from bridges.provider import GPTModelProvider, ensure_process_groups
 
@@ -53,6 +55,11 @@ def use_layout(layout: Layout) -> None:
     if key != _groups and parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     _groups = key
+
+
+def device() -> torch.device:
+    """Where this rank's model is."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def set_current(value: Current) -> None:
@@ -140,30 +147,48 @@ def activations(input_ids: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]:
     finally:
         for handle in handles:
             handle.remove()
-    return coords, {name: torch.cat(pieces).roll(coords.dp, 0).numpy() for name, pieces in found.items()}
+    return coords, {name: torch.cat(pieces).roll(coords.dp, 0).cpu().numpy() for name, pieces in found.items()}
+
+
+@contextmanager
+def recorded_heads(chunks) -> Iterator[list[torch.Tensor]]:
+    """Logits [local sequence, batch, local vocabulary] in the order in which the output layer makes them: for each
+    microbatch the heads of multi-token prediction, then the main model's. Megatron makes
+    losses of the heads' at once, and does so in place."""
+    found: list[torch.Tensor] = []
+    layers = [unwrap(chunk).output_layer for chunk in chunks if hasattr(unwrap(chunk), "output_layer")]
+    handles = [
+        layer.register_forward_hook(lambda module, args, output: found.append(output[0].clone())) for layer in layers
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def forward(input_ids: np.ndarray) -> tuple[Any, np.ndarray | None]:
-    """(coordinates, logits [batch, local sequence, local vocabulary] of a rank on the last stage, else None).
+    """(coordinates, logits [1 + heads, batch, local sequence, local vocabulary] of a rank on the last stage, else None):
+    the main model's first, then those of its heads of multi-token prediction.
 
     Runs Megatron's own schedule with as many microbatches as stages; each data-parallel rank takes the sequences in
     another order, so that ranks that exchange tokens do not hold the same ones.
     """
     this = current()
     layout, coords = current_layout(this.provider)
-    ids = torch.from_numpy(input_ids).roll(-coords.dp, 0)
+    ids = torch.from_numpy(input_ids).roll(-coords.dp, 0).to(device())
     batch, length = ids.shape
     if length % (layout.cp * 2 if layout.cp > 1 else 1) or (length // layout.cp) % (layout.tp if layout.sp else 1):
         raise ValueError(f"{length} tokens cannot be cut for cp={layout.cp}, tp={layout.tp} with sp={layout.sp}")
-    positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp)
+    positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp).to(device())
     microbatches = list(ids[:, positions].split(max(batch // layout.pp, 1)))
     position_ids = positions[None].expand(microbatches[0].shape)
 
     def step(iterator, model):
         return model(next(iterator), position_ids, None), lambda output, non_loss_data: output
 
-    with torch.no_grad():
-        outputs = get_forward_backward_func()(
+    with torch.no_grad(), recorded_heads(this.chunks) as made:
+        get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=[iter(microbatches) for _ in this.chunks],
             model=this.chunks,
@@ -175,7 +200,10 @@ def forward(input_ids: np.ndarray) -> tuple[Any, np.ndarray | None]:
         )
     if coords.pp != layout.pp - 1:
         return coords, None
-    return coords, torch.cat([o.float() for o in outputs]).roll(coords.dp, 0).numpy()
+    heads = len(made) // len(microbatches)
+    order = [heads - 1, *range(heads - 1)]
+    whole = torch.stack([torch.cat(made[h::heads], dim=1).transpose(0, 1).float() for h in order])
+    return coords, whole.roll(coords.dp, 1).cpu().numpy()
 
 
 def export(folder: str) -> None:
@@ -204,7 +232,7 @@ def take_shards() -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarra
     out = []
     for shard in sharded_tensors():
         if is_main_replica(shard.replica_id):
-            values = _with_axes(shard, shard.data.detach()).numpy().copy()
+            values = _with_axes(shard, shard.data.detach()).cpu().numpy().copy()
             out.append((shard.key, tuple(shard.global_shape), tuple(shard.global_offset), values))
     return out
 

@@ -152,6 +152,7 @@ def _join_world(rank: int, world_size: int, folder: Path) -> None:
     gpu = torch.cuda.is_available()
     store = torch.distributed.FileStore(str(folder / "store"), world_size)
     if gpu:
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # read when CUDA starts: without it Transformer Engine's fp32 is TF32
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world_size)
 

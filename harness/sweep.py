@@ -173,7 +173,7 @@ def run_cells(bench: Bench, checks: Sequence[str]) -> tuple[list[Cell], float]:
 
 def has_experts(row: str) -> bool:
     config = toy_models.config_dict(row)
-    return any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
 
 
 def mechanisms(row: str) -> list[str]:
@@ -197,12 +197,14 @@ def mechanisms(row: str) -> list[str]:
 
 def describe(row: str, chosen: Sequence[Layout]) -> dict:
     config = toy_models.config_dict(row)
+    published, native = config["architectures"][0], toy_models.reference_class(row)
+    alias = "" if native == published else f" for {published}, which transformers does not have"
     return {
         "row": row,
         "model_type": config["model_type"],
         "architecture": config["architectures"][0],
         "mechanisms": mechanisms(row),
-        "reference": f"transformers {config['architectures'][0]}, fp32, eager",
+        "reference": f"transformers {native}, fp32, eager{alias}",
         "layouts": [str(layout) for layout in chosen],
     }
 

@@ -45,7 +45,7 @@ def rewrite(tensors=None, **provenance):
 
 
 def fresh(row: str) -> str | None:
-    config_hash = goldens.hash_config(toy_models.config_dict(row))
+    config_hash = goldens.hash_config(toy_models.golden_key(row))
     return goldens.check_fresh(row, config_hash, toy_models.weights_hash(toy_models.build(row)))
 
 

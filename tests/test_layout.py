@@ -18,6 +18,7 @@ import toy_models
 from bridges import AutoBridge, GPTModelProvider, Layout, LayoutError
 from bridges.conversion import current_layout
 from bridges.cpu_backend import zigzag_positions
+from bridges.hf_pretrained import load_config
 from bridges.layout import Coords
 from bridges.provider import ensure_process_groups
 from harness import jobs
@@ -319,7 +320,8 @@ def test_every_row_fits_into_at_least_six_quick_layouts(row):
     fit = 0
     for layout in choose("quick", experts=has_experts(row)):
         with contextlib.suppress(LayoutError):
-            provider = AutoBridge.from_hf_config(toy_models.hf_config(row)).to_megatron_provider()
+            config = load_config(toy_models.config_dict(row), Path(row), trusted=False)
+            provider = AutoBridge.from_hf_config(config).to_megatron_provider()
             provider.apply_layout(layout).check_layout()
             fit += 1
     assert fit >= 6

@@ -21,8 +21,10 @@ from safetensors.torch import load_file, save_file
 import toy_models
 from bridges import AutoMapping, GatedMLPMapping, Layout, Mapping, MegatronModelBridge, Part, auto_bridge
 from bridges.config_rules import NO_ROPE_LAYERS, WINDOW, Rule
-from bridges.families.deepseek import DeepseekV3Bridge
+from bridges.families.bailing import BailingMoeV2Bridge
+from bridges.families.deepseek import DeepseekV2Bridge, DeepseekV3Bridge
 from bridges.families.dots1 import Dots1Bridge
+from bridges.families.ernie4_5_moe import Ernie45MoeBridge
 from bridges.families.llama import LlamaBridge
 from bridges.families.mistral import MistralBridge, MixtralBridge
 from bridges.families.qwen2 import Qwen2Bridge, Qwen2MoeBridge
@@ -169,6 +171,7 @@ def refused(words: str) -> dict[str, str]:
 EMBEDDING = r"first to differ: embedding \(.*vocabulary rows"
 ATTENTION = r"first to differ: layers\.0\.self_attention \(.*q/k/v order"
 MLP = r"first to differ: layers\.0\.mlp \(.*gate/up order"
+EXPERTS = r"first to differ: layers\.1\.mlp \(.*router \(normalisation, bias, groups, scaling\)"
 
 QKV = "decoder.layers.*.self_attention.linear_qkv.weight"
 FC1, FC2 = "decoder.layers.*.mlp.linear_fc1.weight", "decoder.layers.*.mlp.experts.linear_fc2.weight*"
@@ -382,6 +385,49 @@ MUTANTS = [
         {"config": r"routed_scaling_factor: .* should be 1\.9", "logits": r"first to differ: layers\.1\.mlp \("},
     ),
     Mutant(
+        "expert bias left out",
+        "bailing_moe_v2",
+        ignoring(
+            with_fields(BailingMoeV2Bridge, moe_router_enable_expert_bias=False), "model.layers.*.mlp.gate.expert_bias"
+        ),
+        {"logits": EXPERTS},
+        open=("complete", "roundtrip", "reload"),
+    ),
+    Mutant(
+        "expert bias of a softmax left out",
+        "ernie4_5_moe",
+        ignoring(
+            with_fields(Ernie45MoeBridge, moe_router_enable_expert_bias=False),
+            "model.layers.*.mlp.moe_statics.e_score_correction_bias",
+        ),
+        {"logits": EXPERTS},
+        open=("complete", "roundtrip", "reload"),
+    ),
+    Mutant(
+        "groups ignored",
+        "bailing_moe_v2",
+        with_fields(BailingMoeV2Bridge, moe_router_num_groups=None, moe_router_group_topk=None),
+        {"config": "n_group: 1 should be 4", "logits": EXPERTS},
+    ),
+    Mutant(
+        "groups by their best expert",
+        "bailing_moe_v2",
+        with_fields(BailingMoeV2Bridge, moe_router_group_best=1),
+        {"logits": EXPERTS},
+    ),
+    Mutant(
+        "groups by the sum of their best",
+        "deepseek_v2_topk4",
+        with_fields(DeepseekV2Bridge, moe_router_group_best=None),
+        {"logits": EXPERTS},
+    ),
+    Mutant(
+        "groups ignored with softmax",
+        "deepseek_v2_topk4",
+        with_fields(DeepseekV2Bridge, moe_router_num_groups=None, moe_router_group_topk=None),
+        {"config": "topk_method: 'greedy' should be 'group_limited_greedy'", "logits": EXPERTS},
+    ),
+    Mutant(
         "softmax scale from mscale",
         "kimi_k2",
         with_fields(DeepseekV3Bridge, mscale_all_dim=1.0),
@@ -511,6 +557,53 @@ def test_a_tensor_that_the_import_passes_by_still_holds_its_poison(monkeypatch, 
     assert cells["tp2", "logits"].status == "fail"
     assert f"first to differ: layers.3.{block}" in cells["tp2", "logits"].detail
     assert_green(cells, ("tp2",), ("config", "reload"))
+
+
+def test_an_expert_bias_rounded_to_bfloat16_is_seen(monkeypatch):
+    """As when the buffer goes through the model's dtype on the way in: tokens near a tie go to other experts, and the
+    exported bias is not the source's."""
+    import_but(
+        monkeypatch,
+        lambda task: task.param_name.endswith("expert_bias"),
+        lambda task: task.tensor.copy_(task.tensor.bfloat16()),
+    )
+    cells = run("sarvam_moe", None)
+    assert_green(cells, ("tp1",), ("config", "complete"))
+    assert cells["tp1", "roundtrip"].status == "fail"
+    assert re.search(r"layers\.\d\.mlp\.gate\.expert_bias", cells["tp1", "roundtrip"].detail)
+    assert cells["tp1", "logits"].status == "fail"
+    assert re.search(r"first to differ: layers\.\d\.mlp \(.*router", cells["tp1", "logits"].detail)
+    assert cells["tp1", "reload"].status == "fail"
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "says"),
+    [
+        ({"q_norm": "attention.key_layernorm.", "k_norm": "attention.query_layernorm."}, "logits", ATTENTION),
+        ({"o_proj": "attention.output."}, "complete", r"layers\.0\.attention\.dense\.weight is missing"),
+    ],
+    ids=["swapped", "unknown"],
+)
+def test_a_row_with_a_wrong_rename_is_seen(monkeypatch, tmp_path, change, check, says):
+    """The toy writes and reads by the same table, so that it cannot see its own mistake; the bridge does."""
+    right = toy_models.reference_of("bailing_moe_v2")
+    wrong = {**right, "tensors": [[p, next((v for k, v in change.items() if k in p), r)] for p, r in right["tensors"]]}
+    assert wrong != right
+    monkeypatch.setattr(toy_models.checkpoint, "reference_of", lambda row: wrong)
+    cells = run("bailing_moe_v2", None)
+    assert cells["tp1", check].status in ("fail", "error")
+    assert re.search(says, cells["tp1", check].detail), cells["tp1", check].detail
+
+
+def test_an_export_under_another_name_does_not_load(tmp_path):
+    """The folder goes into the native class by the row's own table: a tensor that is not there is a missing key."""
+    folder = toy_models.write("bailing_moe_v2", tmp_path / "hf", shards=1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.3.attention.output.weight"] = tensors.pop("model.layers.3.attention.dense.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    _, info = toy_models.load("bailing_moe_v2", folder)
+    assert set(info["missing_keys"]) == {"model.layers.3.self_attn.o_proj.weight"}
+    assert set(info["unexpected_keys"]) == {"model.layers.3.attention.output.weight"}
 
 
 def test_a_tied_head_that_stays_empty_on_the_last_stage_is_seen(monkeypatch):

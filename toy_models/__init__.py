@@ -3,27 +3,50 @@
 - rows(): names of the rows
 - config_dict(row): the row's config.json as a dict
 - hf_config(row): the transformers config made from it
+- reference_of(row): how transformers computes a model that it has no class for, else None
+- reference_class(row): the name of the transformers class that is the row's truth
+- golden_key(row): what the row's golden depends on
 - build(row): the HF model with random, pairwise distinct weights, in eval mode
 - inputs(row): token ids [4, 24]
+- mtp: the multi-token prediction heads of rows that have them
 - write(row, folder): a checkpoint folder with the published tensor names
+- save(row, model, folder), load(row, folder): tensors under the published names, to and from the row's model class
 - write_config_checkpoint(...): the same for a dense config of real size, never held in memory
 - random_tensor, randomise: the weight generator
 - weights_hash(model): one hash over names, dtypes, shapes and bytes
 """
 
-from toy_models.builder import build, config_dict, hf_config, inputs, rows
-from toy_models.checkpoint import write, write_config_checkpoint
+from toy_models import mtp
+from toy_models.builder import (
+    build,
+    config_dict,
+    golden_key,
+    hf_config,
+    inputs,
+    mtp_spec,
+    reference_class,
+    reference_of,
+    rows,
+)
+from toy_models.checkpoint import load, save, write, write_config_checkpoint
 from toy_models.randomise import SEED, random_tensor, randomise, weights_hash
 
 __all__ = [
     "SEED",
     "build",
     "config_dict",
+    "golden_key",
     "hf_config",
     "inputs",
+    "load",
+    "mtp",
+    "mtp_spec",
     "random_tensor",
     "randomise",
+    "reference_class",
+    "reference_of",
     "rows",
+    "save",
     "weights_hash",
     "write",
     "write_config_checkpoint",

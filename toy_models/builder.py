@@ -8,8 +8,12 @@ from pathlib import Path
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import MtpModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from toy_models import mtp
 from toy_models.randomise import generator, randomise
+from toy_models.reference import native_config
 
 ROWS = Path(__file__).parent / "rows"
 BATCH, SEQUENCE = 4, 24
@@ -27,7 +31,7 @@ def config_dict(row: str) -> dict:
 
 @cache
 def _read(row: str) -> dict:
-    """The row's file over its base's. Keys with an underscore are ours: `_base`, `_inputs_seed`."""
+    """The row's file over its base's. Keys with an underscore are ours: `_base`, `_inputs_seed`, `_mtp`, `_reference`."""
     if row not in rows():
         near = difflib.get_close_matches(row, rows(), cutoff=0.3) or rows()
         raise ValueError(f"no toy row {row!r}; nearest: {', '.join(near)}")
@@ -35,23 +39,52 @@ def _read(row: str) -> dict:
     return {**_read(config["_base"]), **config} if "_base" in config else config
 
 
-def hf_config(row: str) -> PretrainedConfig:
-    """The row as a transformers config, read the way a hub config.json is (rope_theta, rope_scaling, ...)."""
-    config = config_dict(row)
-    return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+def reference_of(row: str) -> dict | None:
+    """How transformers computes a model that it has no class for, see toy_models.reference; None where it has one."""
+    return copy.deepcopy(_read(row).get("_reference"))
+
+
+def golden_key(row: str) -> dict:
+    """What a golden depends on beside weights and inputs."""
+    return config_dict(row) | {key: value for key, value in _read(row).items() if key in ("_mtp", "_reference")}
+
+
+def hf_config(row: str, config: dict | None = None) -> PretrainedConfig:
+    """The row (or another config.json of its family) as a transformers config, read the way a hub config.json is
+    (rope_theta, rope_scaling, ...)."""
+    native = native_config(reference_of(row), config_dict(row) if config is None else copy.deepcopy(config))
+    return CONFIG_MAPPING[native["model_type"]].from_dict(native)
+
+
+def reference_class(row: str) -> str:
+    """The name of the transformers class that is the row's truth."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config(row).model_type]
 
 
 def build(row: str, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "eager") -> PreTrainedModel:
     """The row's HF model in eval mode, every parameter and persistent buffer random.
 
     The random values are float32, rounded to `dtype` if that is narrower. A mixture of experts runs HF's
-    plain loop over experts and not a grouped kernel.
+    plain loop over experts and not a grouped kernel. The heads of a row with multi-token prediction are its
+    attribute `mtp`, which is None for other rows; they are no part of its state dict.
     """
     model = AutoModelForCausalLM.from_config(
         hf_config(row), dtype=dtype, attn_implementation=attn_implementation, experts_implementation="eager"
     )
     randomise(model)
+    spec = mtp_spec(row)
+    attach_mtp(model, mtp.make(spec, model) if spec else None)
     return model.eval()
+
+
+def mtp_spec(row: str) -> dict | None:
+    """What the row's file says of its multi-token prediction heads, see toy_models.mtp."""
+    return copy.deepcopy(_read(row).get("_mtp"))
+
+
+def attach_mtp(model: PreTrainedModel, heads: MtpModel | None) -> None:
+    """Beside the main model and not below it, where transformers would save them under wrong names."""
+    object.__setattr__(model, "mtp", heads)
 
 
 def inputs(row: str) -> torch.Tensor:

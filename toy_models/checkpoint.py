@@ -3,16 +3,20 @@
 import json
 import math
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from toy_models.builder import build, config_dict
+from toy_models import mtp
+from toy_models.builder import attach_mtp, build, config_dict, mtp_spec, reference_of
 from toy_models.randomise import SEED, kind_of, named_tensors, random_blocks
+from toy_models.reference import native_config, publish, restore
 
 _SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -21,23 +25,86 @@ def write(row: str, folder: str | Path, *, dtype: torch.dtype | None = None, sha
     """Write the row's model as a checkpoint folder and return the folder.
 
     dtype: of the tensors and of config.json's torch_dtype; None keeps the row's own. shards: how many files
-    to aim for; with one there is no index file. The names on disk are the published ones (Mixtral's
-    `block_sparse_moe.experts.0.w1`, ...), which transformers restores on saving for every row here.
-    config.json is the row's own dict: the one that transformers saves is not in the hub's format
-    (`rope_parameters`, ...).
+    to aim for; with one there is no index file. config.json is the row's own dict: the one that transformers
+    saves is not in the hub's format (`rope_parameters`, ...).
     """
     if shards < 1:
         raise ValueError(f"shards={shards}: a checkpoint has at least one file")
     folder = Path(folder)
     config = config_dict(row)
     stored: torch.dtype = dtype or getattr(torch, config["torch_dtype"])
-    model = build(row, dtype=stored)
+    save(row, build(row, dtype=stored), folder, shards=shards)
+    _write_json(folder / "config.json", {**config, "torch_dtype": str(stored).removeprefix("torch.")})
+    return folder
+
+
+def save(row: str, model: PreTrainedModel, folder: str | Path, *, shards: int = 1) -> None:
+    """Write the tensors of a model of the row's class under their published names (Mixtral's
+    `block_sparse_moe.experts.0.w1`, ...): transformers restores them on saving, and for a class of another name the row's
+    `_reference` does. Heads of multi-token prediction (`model.mtp`) go into a file of their own, or into the only one."""
+    folder = Path(folder)
     sizes = [tensor.nbytes for tensor in named_tensors(model).values()]
     # Files are filled one after another, so each but the last ends at most one tensor short of its limit.
     limit = sum(sizes) if shards == 1 else math.ceil(sum(sizes) / shards) + max(sizes)
-    model.save_pretrained(folder, max_shard_size=limit)
-    _write_json(folder / "config.json", {**config, "torch_dtype": str(stored).removeprefix("torch.")})
-    return folder
+    if (reference := reference_of(row)) is None:
+        model.save_pretrained(folder, max_shard_size=limit)
+    else:
+        with tempfile.TemporaryDirectory() as native:
+            model.save_pretrained(native)
+            tensors = publish(reference, _read_folder(native))
+        _write_files(folder, tensors, _fill_shards({name: tensor.nbytes for name, tensor in tensors.items()}, limit))
+    if (spec := mtp_spec(row)) and (heads := getattr(model, "mtp", None)) is not None:
+        files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+        main = {name: tensor for file in files for name, tensor in file.items()}
+        added = mtp.published(spec, heads, model.config.num_hidden_layers, main)
+        names = [list(file) for file in files]
+        names = [[*names[0], *added]] if len(files) == 1 else [*names, list(added)]
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+        _write_files(folder, main | added, names)
+    _write_json(folder / "config.json", config_dict(row))
+
+
+def _write_files(folder: Path, tensors: dict[str, torch.Tensor], files: list[list[str]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, names in enumerate(files, start=1):
+        held = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in names}
+        save_file(held, folder / _shard_name(number, len(files)), {"format": "pt"})
+    _write_index(folder, files, sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def load(row: str, folder: str | Path, **options) -> tuple[PreTrainedModel, dict]:
+    """(model, transformers' loading info) of a published folder of the row's family, on transformers' own path, with its
+    heads of multi-token prediction, which transformers has a model of its own for. KeyError for a tensor of theirs that
+    is not there."""
+    folder = Path(folder)
+    options = {"output_loading_info": True, "attn_implementation": "eager", **options}
+    spec, reference = mtp_spec(row), reference_of(row)
+    like: Any = build(row)
+    if reference is None:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    else:
+        own = mtp.published(spec, like.mtp, like.config.num_hidden_layers) if spec else {}
+        main = {name: tensor for name, tensor in _read_folder(folder).items() if name not in own}
+        config = json.loads((folder / "config.json").read_text())
+        with tempfile.TemporaryDirectory() as native:
+            like.save_pretrained(native)
+            shapes = {name: tensor.shape for name, tensor in _read_folder(native).items()}
+            tensors = {name: t.contiguous() for name, t in restore(reference, main, shapes).items()}
+            save_file(tensors, f"{native}/model.safetensors", {"format": "pt"})
+            _write_json(Path(native) / "config.json", native_config(reference, config))
+            loaded = AutoModelForCausalLM.from_pretrained(native, **options)
+    model, info = loaded
+    attach_mtp(model, mtp.load(spec, model, folder) if spec else None)
+    if spec:
+        named = (mtp.published, mtp.placed)
+        of_heads = {name for found in named for name in found(spec, like.mtp, like.config.num_hidden_layers)}
+        info["unexpected_keys"] = set(info["unexpected_keys"]) - of_heads
+    return model, info
+
+
+def _read_folder(folder: str | Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
 def write_config_checkpoint(
@@ -66,17 +133,25 @@ def write_config_checkpoint(
 
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards = _fill_shards(sizes, max_shard_bytes)
-    weight_map = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number, shard in enumerate(shards, start=1):
-            part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-            file = f"model{part}.safetensors"
-            weight_map |= dict.fromkeys(shard, file)
-            _write_shard(folder / file, {name: shapes[name] for name in shard}, dtype, seed, pool)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+            file = folder / _shard_name(number, len(shards))
+            _write_shard(file, {name: shapes[name] for name in shard}, dtype, seed, pool)
+    _write_index(folder, shards, sum(sizes.values()))
     return folder
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+
+
+def _write_index(folder: Path, shards: list[list[str]], size: int) -> None:
+    """The index of several files; one file has none."""
+    if len(shards) > 1:
+        weight_map = {name: _shard_name(i, len(shards)) for i, names in enumerate(shards, start=1) for name in names}
+        _write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
+        )
 
 
 def _fill_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

@@ -21,6 +21,7 @@ from torch import nn
 _ROLES = [
     (r"norm\.weight$", 1, "norm"),
     (r"(\.bias|e_score_correction_bias)$", 1, "bias"),
+    (r"moe_statics\.e_score_correction_bias$", 2, "choice"),  # [1, E], added to softmax scores
     (r"(^|\.)embed_tokens\.weight$", 2, "embedding"),
     (r"(_proj|_with_mqa|(^|\.)lm_head|(^|\.)gate|_gate)\.weight$", 2, "matrix"),
     (r"\.experts\.(gate_up|down)_proj$", 3, "matrix"),  # fused experts [E, out, in]
@@ -52,8 +53,8 @@ def random_tensor(name: str, shape: Sequence[int], *, seed: int = SEED, kind: st
 
     kind "matrix": standard deviation 1.5 / sqrt(last dim), so that activations keep their size and attention
     and routers are far from uniform; "embedding": standard deviation 1; "norm": 1 +- 0.3; "bias": +- 0.6,
-    as the softmax all but cancels a key bias and a smaller one hardly shows in the logits. ValueError for
-    another kind.
+    as the softmax all but cancels a key bias and a smaller one hardly shows in the logits; "choice": +- 0.1, as a
+    larger bias on softmax scores would choose the same experts for every token. ValueError for another kind.
     """
     blocks = list(random_blocks(name, shape, seed=seed, kind=kind))
     return np.concatenate(blocks).reshape(shape)
@@ -61,7 +62,8 @@ def random_tensor(name: str, shape: Sequence[int], *, seed: int = SEED, kind: st
 
 def random_blocks(name: str, shape: Sequence[int], *, seed: int = SEED, kind: str) -> Iterator[np.ndarray]:
     """The values of `random_tensor`, flattened, a block at a time, for tensors too large to hold."""
-    scales = {"matrix": 1.5 * math.sqrt(3 / shape[-1]), "embedding": math.sqrt(3), "norm": 0.3, "bias": 0.6}
+    matrix = 1.5 * math.sqrt(3 / shape[-1])
+    scales = {"matrix": matrix, "embedding": math.sqrt(3), "norm": 0.3, "bias": 0.6, "choice": 0.1}
     if kind not in scales:
         raise ValueError(f"{name}: kind {kind!r} is none of {', '.join(scales)}")
     scale = np.float32(scales[kind] / 2**24)
@@ -103,8 +105,11 @@ def randomise(model: nn.Module, seed: int = SEED) -> None:
 
 
 def weights_hash(weights: nn.Module | Mapping[str, torch.Tensor]) -> str:
-    """sha256 over name, dtype, shape and bytes of every tensor by name; a model means its state dict."""
-    tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    """sha256 over name, dtype, shape and bytes of every tensor by name; a model means its state dict, with that of its
+    multi-token prediction heads."""
+    tensors = dict(weights.state_dict() if isinstance(weights, nn.Module) else weights)
+    if (heads := getattr(weights, "mtp", None)) is not None:
+        tensors |= {f"mtp.{name}": tensor for name, tensor in heads.state_dict().items()}
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()

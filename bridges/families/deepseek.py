@@ -1,11 +1,11 @@
-"""DeepSeek-V2-Lite and V3, and what is built like V3: Moonlight, Kimi-K2."""
+"""DeepSeek-V2, V2-Lite and V3, and what is built like V3: Moonlight, Kimi-K2."""
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 
-from bridges import mla
+from bridges import mla, mtp
 from bridges.blocks import embeddings, gated_mlp, moe
-from bridges.config_rules import FIRST_K_DENSE, GROUPS, NORM_TOPK, SHARED_EXPERTS, SIGMOID_ROUTER
+from bridges.config_rules import FIRST_K_DENSE, GROUPS, SHARED_EXPERTS, SIGMOID_ROUTER, TOPK_METHOD
 from bridges.mapping import MegatronMappingRegistry
 from bridges.model_bridge import MegatronModelBridge
 
@@ -16,27 +16,30 @@ class LatentMoeBridge(MegatronModelBridge):
     """What both have in common."""
 
     CONFIG_MAPPING = [*MegatronModelBridge.CONFIG_MAPPING, *mla.CONFIG_MAPPING]
-    CONFIG_RULES = (*mla.RULES, FIRST_K_DENSE, SHARED_EXPERTS)
+    CONFIG_RULES = (*mla.RULES, FIRST_K_DENSE, SHARED_EXPERTS, mtp.DEPTH)
     HF_FIXED = {
         "attention_bias": False,
         "mlp_bias": False,
         "rope_interleave": True,
-        "num_nextn_predict_layers": 0,
-        "num_mtp_layers": 0,
         "ep_size": 1,
+        "moe_layer_freq": 1,
     }
     HF_INERT = MegatronModelBridge.HF_INERT | {"seq_aux", "aux_loss_alpha"}
+    REPEATED_TENSORS = mtp.REPEATED_TENSORS
     # transformers gives the norms of both latents this epsilon, whatever rms_norm_eps says.
     MEGATRON_DEFAULTS = {"latent_norm_epsilon": 1e-6}
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        return MegatronMappingRegistry(
-            *embeddings(), *mla.attention(), *gated_mlp(), *moe(expert_bias=BIAS, shared="shared_experts")
-        )
+        layer = [*mla.attention(), *gated_mlp(), *moe(expert_bias=BIAS, shared="shared_experts")]
+        return MegatronMappingRegistry(*embeddings(), *layer, *mtp.heads(layer, self.hf_config))
 
 
 @MegatronModelBridge.register_bridge(
-    source=DeepseekV3ForCausalLM, target=GPTModel, provider=mla.MLAModelProvider, model_type="deepseek_v3"
+    source=DeepseekV3ForCausalLM,
+    target=GPTModel,
+    provider=mla.MLAModelProvider,
+    model_type="deepseek_v3",
+    aliases=("kimi_k2",),
 )
 class DeepseekV3Bridge(LatentMoeBridge):
     CONFIG_RULES = (*LatentMoeBridge.CONFIG_RULES, GROUPS)
@@ -52,7 +55,7 @@ class DeepseekV3Bridge(LatentMoeBridge):
     source=DeepseekV2ForCausalLM, target=GPTModel, provider=mla.MLAModelProvider, model_type="deepseek_v2"
 )
 class DeepseekV2Bridge(LatentMoeBridge):
-    # Group-limited selection by a group's best expert is not Megatron's (the sum of its best): refused.
-    CONFIG_RULES = (*LatentMoeBridge.CONFIG_RULES, NORM_TOPK)
-    HF_FIXED = LatentMoeBridge.HF_FIXED | {"topk_method": "greedy", "scoring_func": "softmax"}
-    HF_INERT = LatentMoeBridge.HF_INERT | {"n_group", "topk_group"}  # read by group-limited selection alone
+    CONFIG_RULES = (*LatentMoeBridge.CONFIG_RULES, TOPK_METHOD)
+    # Neither published models nor transformers renormalise the chosen probabilities.
+    HF_FIXED = LatentMoeBridge.HF_FIXED | {"norm_topk_prob": False, "scoring_func": "softmax"}
+    MEGATRON_DEFAULTS = LatentMoeBridge.MEGATRON_DEFAULTS | {"moe_router_pre_softmax": True}

@@ -12,7 +12,7 @@ from bridges.model_bridge import MegatronModelBridge
 @MegatronModelBridge.register_bridge(source=Dots1ForCausalLM, target=GPTModel, model_type="dots1")
 class Dots1Bridge(MegatronModelBridge):
     CONFIG_RULES = (FIRST_K_DENSE, GROUPS, SHARED_EXPERTS)
-    HF_FIXED = {"attention_bias": False, "norm_topk_prob": True, "scoring_func": "noaux_tc"}
+    HF_FIXED = {"attention_bias": False, "norm_topk_prob": True, "scoring_func": "noaux_tc", "moe_layer_freq": 1}
     MEGATRON_DEFAULTS = {"qk_layernorm": True, **SIGMOID_ROUTER}
 
     def mapping_registry(self) -> MegatronMappingRegistry:

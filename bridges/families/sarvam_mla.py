@@ -1,0 +1,46 @@
+"""Sarvam-105B: DeepSeek-V3's layers under other config fields. transformers does not have it; the fields are those of
+sarvamai's configuration_sarvam_moe.SarvamMLAConfig."""
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from bridges import mla
+from bridges.config_rules import FIRST_K_DENSE, GROUPS, SIGMOID_ROUTER, shared_experts
+from bridges.families.bailing import ROUTING, SHARED_WIDTH
+from bridges.families.deepseek import LatentMoeBridge
+from bridges.model_bridge import MegatronModelBridge
+
+
+@MegatronModelBridge.register_bridge(
+    source="SarvamMLAForCausalLM", target=GPTModel, provider=mla.MLAModelProvider, model_type="sarvam_mla"
+)
+class SarvamMlaBridge(LatentMoeBridge):
+    CONFIG_MAPPING = [
+        p for p in LatentMoeBridge.CONFIG_MAPPING if p[0] not in ("num_local_experts", "n_routed_experts")
+    ]
+    CONFIG_RULES = (
+        mla.rope("deepseek_yarn"),
+        mla.HEADS,
+        mla.Q_LORA,
+        FIRST_K_DENSE,
+        GROUPS,
+        shared_experts("num_shared_experts"),
+        SHARED_WIDTH,
+    )
+    HF_FIXED = {
+        "use_qk_norm": True,  # the norm of the latent
+        "norm_topk_prob": True,
+        "score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "router_dtype": "fp32",
+        "embedding_dropout": 0.0,
+        "output_dropout": 0.0,
+        "num_nextn_predict_layers": 0,
+    }
+    HF_INERT = LatentMoeBridge.HF_INERT | {"q_head_dim", "head_dim"}  # sums of the other head dims
+    HF_FIELDS = frozenset(
+        {hf for hf, _ in CONFIG_MAPPING}
+        - {"shared_expert_intermediate_size", "initializer_range", "num_key_value_heads"}
+        | ROUTING
+        | {"rope_theta", "rope_scaling", "hidden_act"}
+    )
+    MEGATRON_DEFAULTS = LatentMoeBridge.MEGATRON_DEFAULTS | SIGMOID_ROUTER
