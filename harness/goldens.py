@@ -36,11 +36,11 @@ LIBRARIES = ("goldengate", "numpy", "torch", "transformers")
 class Golden:
     """A row's reference values.
 
-    `tensors` has at least `inputs`, int64 [batch, sequence], `logits`, float32 [batch, sequence, vocab], and
-    `gradients`, the `fingerprints` of harness.gradients; rows with multi-token prediction have `mtp_logits_<k>`,
-    float32 [batch, sequence - k, vocab]. `provenance` says where they come from: row, config_hash, weights_hash,
-    tensors_hash, seed, versions, command, reason, noise (relative RMS of the logits, fp32_vs_fp64 and eager_vs_sdpa),
-    gate (the relative RMS limit), gradient_noise (fp32 against fp64, the worst tensor) and gradient_gate.
+    `tensors` has `inputs`, int64 [batch, sequence], `logits`, float32 [batch, sequence, vocab], and `gradients`, the
+    fingerprints of harness.gradients; rows with multi-token prediction have `mtp_logits_<k>`, float32 [batch,
+    sequence - k, vocab]. `provenance` says where they come from: row, config_hash, weights_hash, tensors_hash, seed,
+    versions, command, reason, noise (relative RMS of logits, fp32_vs_fp64 and eager_vs_sdpa), gate (the relative RMS
+    limit), gradient_noise (fp32 against fp64, the worst tensor) and gradient_gate.
     """
 
     row: str
@@ -135,7 +135,8 @@ def load(row: str) -> Golden:
 
 
 def compute(row: str, reason: str, command: str) -> Golden:
-    """The row's golden from HF in fp32 with eager attention on the CPU; nothing is written.
+    """The row's golden from HF in fp32 with eager attention on the CPU; nothing is written. One thread computes, as in the
+    ranks: sums do not depend on how many cores the machine has.
 
     Noise is measured against fp64 with the same weights and against sdpa attention. ValueError without a
     reason, and while either differs by more than 1e-4, or a gradient by more than 1e-4 from fp64's: then the
@@ -143,11 +144,20 @@ def compute(row: str, reason: str, command: str) -> Golden:
     """
     if not reason.strip():
         raise ValueError(f"row {row}: a golden needs a reason; give one with: {regen_command(row)}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _compute(row, reason, command)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _compute(row: str, reason: str, command: str) -> Golden:
     ids = toy_models.inputs(row)
     model = toy_models.build(row)
     found = reference_logits(model, ids)
     sdpa = reference_logits(toy_models.build(row, attn_implementation="sdpa"), ids)
-    weights = cotangents(row, tuple(found["logits"].shape), heads=len(found) - 1)
+    weights = cotangents(row, list(found.values()))
     gradients = hf_gradients(row, model, ids, weights)
     with _Double():
         double = toy_models.build(row, dtype=torch.float64)

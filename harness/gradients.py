@@ -6,12 +6,14 @@ Megatron's softmax, so a cross-entropy would differ between layouts of a correct
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from safetensors.torch import load_file
 
 import toy_models
 from harness.compare import relative_rms
@@ -21,41 +23,44 @@ PROJECTIONS = 4
 Gradients = Mapping[str, torch.Tensor]
 
 
-def cotangents(row: str, shape: tuple[int, ...], *, heads: int = 0) -> torch.Tensor:
-    """What the gradient of the logits is, float32 [1 + heads, batch, sequence, vocab] for the main model and its heads of
-    multi-token prediction; the same in every run. The last k places of head k have no token to see: zero there."""
-    batch, length, vocab = shape
-    whole = torch.zeros(1 + heads, *shape)
-    for k in range(1 + heads):
-        name = f"cotangent of {row}" + (f", head {k}" if k else "")
-        values = toy_models.random_tensor(name, (batch, length - k, vocab), kind="matrix")
-        whole[k, :, : length - k] = torch.from_numpy(values)
+def cotangents(row: str, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What the gradients of the logits are, float32 [1 + heads, batch, sequence, vocab], for the main model's logits and
+    those of its heads of multi-token prediction; zero at the last k places of head k, which have no token to see."""
+    whole = torch.zeros(len(logits), *logits[0].shape)
+    for k, one in enumerate(logits):
+        name = f"cotangent of {row}" + (f" head {k}" if k else "")
+        whole[k, :, : one.shape[1]] = torch.from_numpy(toy_models.random_tensor(name, one.shape, kind="matrix"))
     return whole
 
 
-def hf_gradients(row: str, model: PreTrainedModel, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    """{name in the published checkpoint: gradient of sum(logits x weights)}, of the tensors that get one.
+def hf_gradients(row: str, model: Any, ids: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{name in the published checkpoint: gradient of the sum of logits x weights} of a toy model, of the tensors that get
+    one: buffers and frozen parameters have none by nature.
 
-    Renaming and fusing are linear, so gradients are published under the parameters' names like any weights. The model's
-    own weights and `.grad` are left alone.
+    Renaming and fusing are linear, so a model whose weights are the gradients is saved like any other. The model gets its
+    own weights back.
     """
-    heads: Any = getattr(model, "mtp", None)
     made = [model(ids, use_cache=False).logits]
-    parameters = {("", name): parameter for name, parameter in model.named_parameters()}  # a tied tensor once
-    if heads is not None:
-        made += toy_models.mtp.logits(heads, model, ids)
-        own = toy_models.mtp.parameters(heads).items()
-        parameters |= {("mtp", name): tensor for name, tensor in own if tensor.requires_grad}
-    total = sum(
-        (one * weight[:, : one.shape[1]].to(one.dtype)).sum() for one, weight in zip(made, weights, strict=True)
-    )
-    trained = {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
-    found = torch.autograd.grad(total, list(trained.values()), allow_unused=True)  # type: ignore[arg-type]
-    state: dict[str, dict[str, torch.Tensor]] = {"": {}, "mtp": {}}
-    for (part, name), gradient in zip(trained, found, strict=True):
-        if gradient is not None:
-            state[part][name] = gradient
-    return toy_models.published(row, model, state[""], state["mtp"])
+    if model.mtp is not None:
+        made += toy_models.mtp.logits(model.mtp, model, ids)
+    total = torch.stack([(m * w[:, : m.shape[1]].to(m.dtype)).sum() for m, w in zip(made, weights, strict=True)]).sum()
+    parts = [part for part in (model, model.mtp) if part is not None]
+    tensors = {id(t): t for part in parts for t in (*part.parameters(), *part.buffers())}  # a tied one once
+    trained = [t for t in tensors.values() if t.requires_grad]
+    found = torch.autograd.grad(total, trained, materialize_grads=True, allow_unused=True)
+    kept = [(t, t.data) for t in tensors.values()]
+    try:
+        for tensor in tensors.values():
+            tensor.data = torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor.data
+        for tensor, gradient in zip(trained, found, strict=True):
+            tensor.data = gradient
+        with tempfile.TemporaryDirectory() as folder:
+            toy_models.save(row, model, folder)
+            saved = [load_file(file) for file in Path(folder).glob("*.safetensors")]
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+    return {name: grad for part in saved for name, grad in part.items() if not grad.isnan().all()}
 
 
 def worst_difference(actual: Gradients, expected: Gradients) -> float:

@@ -31,7 +31,7 @@ def check_grads(bench: Bench) -> Outcome:
             "Megatron-Core refuses to train experts under tensor parallelism without sequence parallelism"
         )
     golden = subject.golden
-    weights = cotangents(subject.row, tuple(golden.logits.shape), heads=len(golden.mtp_logits))
+    weights = cotangents(subject.row, [golden.logits, *golden.mtp_logits])
     expected, wrong = _reference(subject, weights)
     shapes = {name: info.shape for name, info in subject.source.tensors.items()}
     actual = assemble(bench.run(backward, golden.inputs.numpy(), weights.numpy()), shapes)
@@ -87,7 +87,7 @@ def assemble(by_rank: list[Blocks], shapes: dict[str, tuple[int, ...]]) -> dict[
 
 def backward(input_ids: np.ndarray, cotangent: np.ndarray) -> Blocks:
     """The finalised gradients of the blocks that this rank would export, one after the other in fp32, and the place of
-    each in the Hugging Face tensors. Parameters that need no gradient are left out."""
+    each in the Hugging Face tensors. Parameters that need no gradient are left out. `cotangent`: of `cotangents`."""
     this = jobs.current()
     provider: Any = this.provider
     layout, coords = current_layout(provider)

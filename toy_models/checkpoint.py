@@ -38,25 +38,17 @@ def write(row: str, folder: str | Path, *, dtype: torch.dtype | None = None, sha
     return folder
 
 
-def published(
-    row: str,
-    model: PreTrainedModel,
-    state: dict[str, torch.Tensor] | None = None,
-    heads: dict[str, torch.Tensor] | None = None,
-) -> dict[str, torch.Tensor]:
+def published(row: str, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The tensors of a model of the row's class under their published names (Mixtral's
     `block_sparse_moe.experts.0.w1`, ...): transformers restores them on saving, and for a class of another name the row's
-    `_reference` does. The last are those of its heads of multi-token prediction (`model.mtp`).
-
-    `state` and `heads` stand for the model's own tensors and its heads', with some left out maybe (gradients, say).
-    """
+    `_reference` does. The last are those of its heads of multi-token prediction (`model.mtp`)."""
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, state_dict=state, save_original_format=not published_as_in_memory(row))
+        model.save_pretrained(folder, save_original_format=not published_as_in_memory(row))
         main = publish(reference_of(row), _read_folder(folder))
     if (spec := mtp_spec(row)) is None or getattr(model, "mtp", None) is None:
         return main
-    own = mtp.parameters(model.mtp) if heads is None else heads  # type: ignore[arg-type]
-    return main | mtp.published(spec, own, model.config.num_hidden_layers, main)
+    heads: Any = model.mtp
+    return main | mtp.published(spec, mtp.parameters(heads), model.config.num_hidden_layers, main)
 
 
 def save(row: str, model: PreTrainedModel, folder: str | Path, *, shards: int = 1) -> None:
