@@ -86,13 +86,16 @@ _YARN = {
 }
 
 
-def rope(yarn: str = "yarn") -> Rule:
+def rope(yarn: str = "yarn", *, plain: bool = True) -> Rule:
     """Plain or yarn, which scales the softmax by mscale_all_dim, and cos and sin by the ratio of mscale to it. `yarn` is
-    what the family calls it. The general rope rule runs first and gives the base; this one reads the scaling."""
+    what the family calls it; without `plain` it must be there. The general rope rule runs first and gives the base; this
+    one reads the scaling."""
 
     def to_megatron(config) -> Fields:
         scaling = dict(getattr(config, "rope_parameters", None) or {})
         kind = scaling.get("rope_type", "default")
+        if kind == "default" and not plain:
+            raise ValueError("rope_scaling is missing: only the model's own code knows its default")
         if kind == "default":
             return {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
         if kind != yarn:

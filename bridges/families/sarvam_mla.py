@@ -18,7 +18,7 @@ class SarvamMlaBridge(LatentMoeBridge):
         p for p in LatentMoeBridge.CONFIG_MAPPING if p[0] not in ("num_local_experts", "n_routed_experts")
     ]
     CONFIG_RULES = (
-        mla.rope("deepseek_yarn"),
+        mla.rope("deepseek_yarn", plain=False),
         mla.HEADS,
         mla.Q_LORA,
         FIRST_K_DENSE,
@@ -41,6 +41,6 @@ class SarvamMlaBridge(LatentMoeBridge):
         {hf for hf, _ in CONFIG_MAPPING}
         - {"shared_expert_intermediate_size", "initializer_range", "num_key_value_heads"}
         | ROUTING
-        | {"rope_theta", "rope_scaling", "hidden_act"}
+        | {"rope_theta", "hidden_act"}
     )
     MEGATRON_DEFAULTS = LatentMoeBridge.MEGATRON_DEFAULTS | SIGMOID_ROUTER
