@@ -53,11 +53,11 @@ def describe(run: Run) -> str:
 
 def human(flops: float) -> str:
     """Four digits and a unit: 49.03 G."""
-    for unit in ("", "K", "M", "G", "T", "P", "E"):
-        if abs(flops) < 999.95:
-            break
+    units = ["", "K", "M", "G", "T", "P", "E"]
+    while abs(flops) >= 999.95 and len(units) > 1:
         flops /= 1000
-    return f"{flops:.4g} {unit}"
+        units.pop(0)
+    return f"{flops:.4g} {units[0]}"
 
 
 def table(counted: Flops) -> Any:
