@@ -1,6 +1,5 @@
 """The proof that `hardware` is what runs: every row, forward and backward, part by part, in layouts; and what it must catch."""
 
-import numpy as np
 import pytest
 import torch
 from megatron.core.ssm.gated_delta_net.common import torch_chunk_gated_delta_rule
@@ -12,7 +11,7 @@ from harness.checks import Bench, Subject
 from harness.flops import Run, blocks, flops, recurrent
 from harness.flops import model as model_module
 from harness.flops.counter import Counted, OpCounter, UncountedOp, counting
-from harness.flops.proof import count_on_rank, differences, expected_table, place_and_part
+from harness.flops.proof import cotangent_of, count_on_rank, differences, expected_table, place_and_part
 from harness.flops.run import Part
 from harness.sweep import verify_rows
 
@@ -55,8 +54,7 @@ def counted(ranks, tmp_path_factory):
     subject = Subject.make("qwen2_moe", tmp_path_factory.mktemp("flops"))
     bench = Bench(subject, Layout.parse("tp1"), ranks, tmp_path_factory.mktemp("scratch"))
     bench.build()
-    ones = np.ones(tuple(subject.golden.logits.shape), dtype=np.float32)
-    ((table, _),) = bench.run(count_on_rank, subject.golden.inputs.numpy(), ones)
+    ((table, _),) = bench.run(count_on_rank, subject.golden.inputs.numpy(), cotangent_of(subject))
     provider = subject.auto_bridge.to_megatron_provider(load_weights=False).finalize()
     return provider, *subject.golden.inputs.shape, table
 
