@@ -32,6 +32,8 @@ def test_formulas_are_what_the_dispatcher_counts(row, ranks):
         ("qwen2_moe", "cp2", ""),
         ("qwen2_moe", "ep2", ""),
         ("kimi_k2", "tp2-pp2-ep2-etp1-sp", ""),
+        ("deepseek_v3", "tp2-sp", ""),
+        ("qwen3_next", "cp2", ""),
         ("llama3", "pp2-vpp2", ""),
         ("llama3", "tp4", ""),
         ("qwen2_moe", "tp2", "experts, router, shared_expert_gate"),
