@@ -53,11 +53,11 @@ def describe(run: Run) -> str:
 
 def human(flops: float) -> str:
     """Four digits and a unit: 49.03 G."""
-    units = ["E", "P", "T", "G", "M", "K", ""]
+    units = ["", "K", "M", "G", "T", "P", "E"]
     while abs(flops) >= 999.95 and len(units) > 1:
         flops /= 1000
-        units.pop()
-    return f"{flops:.4g} {units[-1]}"
+        units.pop(0)
+    return f"{flops:.4g} {units[0]}"
 
 
 def table(counted: Flops) -> Any:

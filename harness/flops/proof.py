@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from harness import grads, jobs
-from harness.checks import Bench, Outcome
+from harness.checks import Bench, Outcome, Subject
 from harness.flops.counter import Counted, counting
 from harness.flops.model import flops
 from harness.flops.run import Part
@@ -67,6 +67,12 @@ def place_and_part(counted: Counted, layer_numbers: dict[str, int]) -> tuple[str
     raise RuntimeError(f"{counted.flops} FLOPs of {counted.op} in module {path} belong to no part: add it to PARTS")
 
 
+def cotangent_of(subject: Subject) -> np.ndarray:
+    """Ones on the logits of the model and of its heads of multi-token prediction: their values change no count."""
+    golden = subject.golden
+    return np.ones((1 + len(golden.mtp_logits), *golden.logits.shape), np.float32)
+
+
 def count_on_rank(input_ids: np.ndarray, cotangent: np.ndarray) -> tuple[Table, dict[str, int]]:
     """A forward and backward of the current model, counted: the table, and corrections to torch's own count by operation."""
     chunks = jobs.current().chunks
@@ -116,11 +122,9 @@ def check_flops(bench: Bench) -> Outcome:
     by_formula = flops(provider, seq=length, batch=batch, convention="hardware", kernels="torch")
     expected = expected_table(by_formula.parts, tp=layout.tp, sp=layout.sp, replicas=layout.dp)
 
-    golden = subject.golden
-    ones = np.ones((1 + len(golden.mtp_logits), *golden.logits.shape), dtype=np.float32)
     actual: Table = {}
     corrections: Counter[str] = Counter()
-    for table, corrected in bench.run(count_on_rank, subject.golden.inputs.numpy(), ones):
+    for table, corrected in bench.run(count_on_rank, subject.golden.inputs.numpy(), cotangent_of(subject)):
         corrections.update(corrected)
         for key, (forward, backward) in table.items():
             before = actual.get(key, (0, 0))

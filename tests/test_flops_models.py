@@ -1,0 +1,330 @@
+"""Published models from their published config.json: FLOPs per token against published throughput, and the command.
+
+GFLOP per token, forward and backward, sequence 4096, causal convention: published TFLOP/s over published tokens/s of the
+Megatron-Bridge model cards (H100, bf16). Their calculator leaves the router out and rounds its inputs; 0.1 % covers that.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+from transformers import CONFIG_MAPPING
+
+from bridges import AutoBridge
+from harness import cli
+from harness.flops import flops
+from harness.flops.command import describe, human, load_provider
+from harness.flops.run import Run
+
+QWEN3 = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "model_type": "deepseek_v3",
+    "moe_layer_freq": 1,
+    "norm_topk_prob": True,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+}
+PUBLISHED = {
+    "Qwen3-8B": {
+        **QWEN3,
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "max_window_layers": 36,
+        "model_type": "qwen3",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+    },
+    "Qwen3-30B-A3B": {
+        **QWEN3,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "decoder_sparse_step": 1,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    },
+    "DeepSeek-V3": {
+        **DEEPSEEK,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "ep_size": 1,
+        "first_k_dense_replace": 3,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "max_position_embeddings": 163840,
+        "moe_intermediate_size": 2048,
+        "n_group": 8,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_attention_heads": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 61,
+        "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1,
+        "q_lora_rank": 1536,
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+        },
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 2.5,
+        "topk_group": 4,
+        "transformers_version": "4.33.1",
+        "vocab_size": 129280,
+    },
+    "Moonlight-16B-A3B": {
+        **DEEPSEEK,
+        "aux_loss_alpha": 0.001,
+        "bos_token_id": 163584,
+        "eos_token_id": 163585,
+        "first_k_dense_replace": 1,
+        "hidden_size": 2048,
+        "intermediate_size": 11264,
+        "max_position_embeddings": 8192,
+        "moe_intermediate_size": 1408,
+        "n_group": 1,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_attention_heads": 16,
+        "num_experts_per_tok": 6,
+        "num_hidden_layers": 27,
+        "num_key_value_heads": 16,
+        "num_nextn_predict_layers": 0,
+        "pretraining_tp": 1,
+        "q_lora_rank": None,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.446,
+        "seq_aux": True,
+        "topk_group": 1,
+        "vocab_size": 163840,
+    },
+}
+
+
+def provider_of(name: str):
+    """Through the bridge, without the storage format of the weights."""
+    raw = {k: v for k, v in PUBLISHED[name].items() if k != "quantization_config"}
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    return AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False).finalize()
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "router"),
+    [
+        ("Qwen3-8B", 49.032, 0),
+        ("Qwen3-30B-A3B", 23.007, 48 * 2048 * 128),
+        ("DeepSeek-V3", 260.11, (61 - 3 + 1) * 7168 * 256),
+        ("Moonlight-16B-A3B", 17.160, 26 * 2048 * 64),
+    ],
+)
+def test_published_throughput_over_published_tokens(name, published, router):
+    """Without the router, which the published calculator leaves out, within 0.1 %; the router is what it should be by hand."""
+    found = flops(provider_of(name), seq=4096, convention="causal")
+    parts = found.by_part()
+    routed = parts["router"].total if "router" in parts else 0
+    assert routed == 6 * 4096 * router
+    assert (found.total - routed) / 4096e9 == pytest.approx(published, rel=1e-3)
+    # Counted, the router is 0.33 % of the smallest of these experts, and less of the others.
+    assert found.per_token / 1e9 == pytest.approx(published, rel=4e-3)
+
+
+def test_qwen3_8b_to_the_integer():
+    """36 x (q, k, v; o; three matrices; half of two 4096-key products of 32 heads of 128) and the head."""
+    layer = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 12288 + 4096 * 4096
+    assert flops(provider_of("Qwen3-8B"), seq=4096).total == 6 * 4096 * (36 * layer + 4096 * 151936)
+
+
+def test_deepseek_v3_part_by_part():
+    """MACs a token and layer by hand; 61 layers and one MTP layer, of which the first three are dense."""
+    parts = flops(provider_of("DeepSeek-V3"), seq=4096).by_part()
+    per_token = {name: part.total // (6 * 4096) for name, part in parts.items()}
+    assert per_token == {
+        "mla_q_down": 62 * 7168 * 1536,
+        "mla_q_up": 62 * 1536 * 128 * 192,
+        "mla_kv_down": 62 * 7168 * 576,
+        "mla_kv_up": 62 * 512 * 128 * 256,
+        "core_attention": 62 * 2048 * 128 * (192 + 128),
+        "o_proj": 62 * 128 * 128 * 7168,
+        "dense_mlp": 3 * 3 * 7168 * 18432,
+        "router": 59 * 7168 * 256,
+        "experts": 59 * 8 * 3 * 7168 * 2048,
+        "shared_experts": 59 * 3 * 7168 * 2048,
+        "mtp_proj": 2 * 7168 * 7168,
+        "mtp_head": 7168 * 129280,
+        "logits": 7168 * 129280,
+    }
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def run(*words: str) -> None:
+    typer.main.get_command(cli.app).main(["flops", *words], standalone_mode=False)
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder with the config.json of a published model."""
+
+    def write(name: str) -> Path:
+        (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_command_reads_published_configs(name, published, capsys):
+    """A folder or the file itself; the sum of the parts is the total."""
+    folder = published(name)
+    run(str(folder), "--seq", "4096", "--json", "-")
+    data = json.loads(capsys.readouterr().out)
+    assert data["total"] == flops(provider_of(name), seq=4096).total == sum(p["total"] for p in data["parts"])
+    assert data["convention"] == "causal"
+    assert "half of full attention" in data["description"]
+    run(str(folder / "config.json"), "--seq", "4096", "--json", "-")
+    assert json.loads(capsys.readouterr().out)["total"] == data["total"]
+
+
+def test_a_quantised_checkpoint_computes_the_same(published, capsys):
+    """How weights are stored is no computation."""
+    folder = published("Qwen3-8B")
+    run(str(folder), "--json", "-")
+    plain = json.loads(capsys.readouterr().out)["total"]
+    quantised = {**PUBLISHED["Qwen3-8B"], "quantization_config": PUBLISHED["DeepSeek-V3"]["quantization_config"]}
+    (folder / "config.json").write_text(json.dumps(quantised))
+    run(str(folder), "--json", "-")
+    assert json.loads(capsys.readouterr().out)["total"] == plain
+
+
+def test_the_command_prints_the_table_with_its_convention(capsys):
+    """For a row, with packed documents."""
+    run(
+        "qwen2_moe",
+        "--seq",
+        "24",
+        "--batch",
+        "2",
+        "--packed",
+        "10,14",
+        "--convention",
+        "hardware",
+        "--kernels",
+        "fused",
+    )
+    out = capsys.readouterr().out
+    assert "hardware, fused kernels" in out
+    assert "4 sequences, 48 tokens" in out
+    for part in ("qkv", "core_attention", "router", "experts", "shared_expert_gate", "logits", "total", "100.00%"):
+        assert part in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["no such row"], "no such row is neither a row"),
+        (["qwen3", "--seq", "0"], "each a whole number above 0"),
+        (["qwen3", "--batch", "-1"], "batch is -1"),
+        (["qwen3", "--convention", "full"], "convention 'full' is not known"),
+        (["qwen3", "--kernels", "gpu"], "kernels 'gpu' are not known"),
+        (["qwen3", "--packed", "1,x"], "--packed '1,x'"),
+        (["qwen3", "--packed", "4000,97"], "packed lengths sum to 4097"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["goldengate", "flops", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "does not hold a JSON object"), ('{"architectures": ["X"]}', "X has no bridge")],
+)
+def test_a_bad_config_file_is_an_error_that_names_it(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_provider(str(tmp_path))
+
+
+def test_the_command_as_a_process(tmp_path):
+    """Exit code 2 and nothing on standard output."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "harness.cli", "flops", str(tmp_path), "--json", "-"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert "neither a row" in ended.stderr
+
+
+def test_numbers_are_short():
+    assert [human(n) for n in (7, 999.96, 49.0325e9, 200_836e9)] == ["7 ", "1 K", "49.03 G", "200.8 T"]
+    assert len({describe(Run((1,), c, k)) for c in ("model", "causal", "hardware") for k in ("torch", "fused")}) == 4
