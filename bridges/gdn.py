@@ -64,6 +64,10 @@ class GatedDeltaNetProvider(GPTModelProvider):
                 modules.out_norm = type("PlainNorm", (_PlainNorm,), {"norm": staticmethod(norm)})
         return spec
 
+    def all_layer_specs(self) -> Any:
+        backend = variant_specs._get_backend_spec_provider(config=self)
+        return variant_specs.get_transformer_layer_with_experimental_attention_variant_spec(self, backend)
+
     def provide(self, *args, **kwargs) -> GPTModel:
         model = super().provide(*args, **kwargs)
         for module in model.modules():

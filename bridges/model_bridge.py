@@ -259,7 +259,7 @@ class MegatronModelBridge:
                 "head_dim",
             }
             if provider.mtp_num_layers:
-                fields.add("num_nextn_predict_layers")
+                fields |= {"num_nextn_predict_layers", "mtp_num_hidden_layers"}
             config = {k: v for k, v in config.items() if k in fields}
         return config
 

@@ -180,8 +180,12 @@ class GPTModelProvider(TransformerConfig):
         """The heads of multi-token prediction, where this chunk has them; each runs a layer like the decoder's last."""
         if not self.mtp_num_layers:
             return None
-        layers: Any = gpt_layer_specs.get_gpt_decoder_layer_specs(self, use_transformer_engine=True)
-        return gpt_layer_specs.get_gpt_mtp_block_spec(self, layers[-1], use_transformer_engine=True, vp_stage=vp_stage)
+        last = self.all_layer_specs()[-1]
+        return gpt_layer_specs.get_gpt_mtp_block_spec(self, last, use_transformer_engine=True, vp_stage=vp_stage)
+
+    def all_layer_specs(self) -> Any:
+        """The specs of all decoder layers, on whatever stage they are."""
+        return gpt_layer_specs.get_gpt_decoder_layer_specs(self, use_transformer_engine=True)
 
     def provide(self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> GPTModel:
         """One model chunk for this rank (process groups must exist)."""

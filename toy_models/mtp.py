@@ -5,10 +5,11 @@ A row that has them says so in `_mtp`:
     "_mtp": {"layers": 1,
              "names": {"enorm": "model.layers.{n}.enorm", ..., "mtp_block": "model.layers.{n}"},
              "copies": {"model.layers.{n}.embed_tokens.weight": "model.embed_tokens.weight"},
-             "hidden_first": false}
+             "hidden_first": false, "fused_experts": false}
 
 `names` gives the published prefix of each of MtpModel's modules, `copies` the tensors that published checkpoints repeat,
-`hidden_first` the order of eh_proj's two halves (false: [embedding, hidden state]). {k} counts heads from 0, {n} from the
+`hidden_first` the order of eh_proj's two halves (false: [embedding, hidden state]), `fused_experts` whether all experts
+are one tensor on disk. {k} counts heads from 0, {n} from the
 number of decoder layers.
 """
 
@@ -80,12 +81,13 @@ def published(
     out: dict[str, torch.Tensor] = {}
     for name, tensor in placed(spec, tensors, num_layers).items():
         experts, _, kind = name.rpartition(".")
-        for e, one in enumerate(tensor if experts.endswith(".experts") else ()):
+        by_one = experts.endswith(".experts") and not spec.get("fused_experts", False)
+        for e, one in enumerate(tensor if by_one else ()):
             if kind == "gate_up_proj":
                 out[f"{experts}.{e}.gate_proj.weight"], out[f"{experts}.{e}.up_proj.weight"] = one.chunk(2)
             else:
                 out[f"{experts}.{e}.{kind}.weight"] = one
-        if not experts.endswith(".experts"):
+        if not by_one:
             out[name] = tensor
     for name, source in spec.get("copies", {}).items():
         for k in range(spec["layers"]):

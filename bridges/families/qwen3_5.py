@@ -7,7 +7,7 @@ a text model made from scratch; experts are published fused, and saved one by on
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM
 
-from bridges import gdn
+from bridges import gdn, mtp
 from bridges.blocks import attention, either, embeddings, fused_experts, gated_mlp, moe
 from bridges.mapping import Mapping, MegatronMappingRegistry
 from bridges.model_bridge import MegatronModelBridge
@@ -17,10 +17,9 @@ class Qwen3_5TextBridge(MegatronModelBridge):
     """What both have in common."""
 
     CONFIG_MAPPING = [*MegatronModelBridge.CONFIG_MAPPING, *gdn.CONFIG_MAPPING]
-    CONFIG_RULES = (gdn.LAYER_TYPES, gdn.MROPE)
+    CONFIG_RULES = (gdn.LAYER_TYPES, gdn.MROPE, mtp.depth_rule("mtp_num_hidden_layers"))
     HF_FIXED = gdn.FIXED | {
         "attn_output_gate": True,
-        "mtp_num_hidden_layers": 0,
         "mtp_use_dedicated_embeddings": False,
     }
     HF_INERT = MegatronModelBridge.HF_INERT | gdn.INERT | {"mamba_ssm_dtype"}  # of inference kernels
@@ -33,13 +32,14 @@ class Qwen3_5TextBridge(MegatronModelBridge):
 
     def _under(self, model: str) -> list[Mapping]:
         layer = f"{model}.layers.*"
-        return [
-            *embeddings(embed=f"{model}.embed_tokens", norm=f"{model}.norm"),
+        mappings = [
             *gdn.gated_attention(layer=layer),
             *attention(layer=layer),
             *gdn.linear_attention(gdn.separate_projections, layer=layer),
             *self.mlp(layer),
         ]
+        heads = mtp.heads(mappings, None, hf_layer=layer, **mtp.QWEN_NAMES)
+        return [*embeddings(embed=f"{model}.embed_tokens", norm=f"{model}.norm"), *mappings, *heads]
 
 
 @MegatronModelBridge.register_bridge(

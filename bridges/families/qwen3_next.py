@@ -3,11 +3,12 @@
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Qwen3NextForCausalLM
 
-from bridges import gdn
+from bridges import gdn, mtp
 from bridges.blocks import attention, embeddings, gated_mlp, moe
 from bridges.config_rules import MOE_LAYERS, NORM_TOPK
 from bridges.mapping import MegatronMappingRegistry
 from bridges.model_bridge import MegatronModelBridge
+from bridges.provider import GPTModelProvider
 
 
 @MegatronModelBridge.register_bridge(
@@ -21,11 +22,16 @@ class Qwen3NextBridge(MegatronModelBridge):
     MEGATRON_DEFAULTS = {"moe_shared_expert_gate": True}
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        return MegatronMappingRegistry(
-            *embeddings(),
+        layer = [
             *gdn.gated_attention(),
             *attention(),
             *gdn.linear_attention(gdn.packed_projections),
             *gated_mlp(),
             *moe(shared="shared_expert", shared_gate="shared_expert_gate"),
-        )
+        ]
+        return MegatronMappingRegistry(*embeddings(), *layer, *mtp.heads(layer, None, **mtp.QWEN_NAMES))
+
+    def provider_bridge(self, hf_pretrained) -> GPTModelProvider:
+        provider = super().provider_bridge(hf_pretrained)
+        provider.mtp_num_layers = mtp.depth_on_disk(hf_pretrained, "mtp.layers.*.input_layernorm.weight")
+        return provider
