@@ -85,8 +85,13 @@ def test_the_hub_config_arrives_in_transformers(row):
     assert config.rope_parameters == rope
     derived = {"rope_theta", "rope_scaling", "torch_dtype", "transformers_version", "partial_rotary_factor"}
     if hub.get("use_sliding_window") is False:
-        derived.add("sliding_window")  # Qwen publishes a window beside use_sliding_window: false
-        assert not config.sliding_window
+        derived |= {"sliding_window", "use_sliding_window"}  # Qwen publishes a window beside use_sliding_window: false
+        assert not getattr(config, "use_sliding_window", False)
+        assert not getattr(config, "sliding_window", None)
+    if "full_attention_interval" in hub and "layer_types" not in hub:
+        derived.add("full_attention_interval")  # transformers writes it out as layer_types
+        every = hub["full_attention_interval"]
+        assert [t == "full_attention" for t in config.layer_types] == [(i + 1) % every == 0 for i in range(8)]
     for key in hub.keys() - derived:
         assert getattr(config, key) == hub[key], key
     built = type(toy_models.build(row)).__name__
