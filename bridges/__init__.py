@@ -11,6 +11,7 @@ with _warnings.catch_warnings():
 
 from bridges.auto_bridge import AutoBridge
 from bridges.checkpoint import CheckpointError
+from bridges.gdn import GatedDeltaNetProvider
 from bridges.hf_pretrained import SAFE_REPOS, PreTrainedCausalLM, is_safe_repo
 from bridges.layout import Layout, LayoutError
 from bridges.mapping import (
@@ -42,6 +43,7 @@ __all__ = [
     "ConcatenatedQKVMapping",
     "ConfigError",
     "GPTModelProvider",
+    "GatedDeltaNetProvider",
     "GatedMLPMapping",
     "Layout",
     "LayoutError",

@@ -85,8 +85,8 @@ def _sum_over(group, gradient: torch.Tensor) -> torch.Tensor:
 
 
 class _PlainNorm:
-    """Builds the backend's norm so that it stores gamma itself: Megatron would take it for gamma - 1 like every other norm
-    of the model, and a bf16 gamma - 1 is not always a bf16 number."""
+    """Builds the backend's norm so that it stores gamma itself, as published checkpoints do: Megatron would take it for
+    gamma - 1 like every other norm of the model, and gamma - 1 is not always a number of gamma's dtype."""
 
     norm: Any
 
