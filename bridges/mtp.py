@@ -79,9 +79,7 @@ def heads(
     columns are [hidden state | embedding], in Megatron [embedding | hidden state].
     """
     mappings: list[Mapping] = []
-    if depth is None:
-        depth = DEPTH.to_megatron(config)["mtp_num_layers"] or 0
-    for k in range(depth):
+    for k in range(depth or DEPTH.to_megatron(config)["mtp_num_layers"] or 0):
         m, hf = f"mtp.layers.{k}", prefix.format(k=k, n=getattr(config, "num_hidden_layers", 0) + k)
         swap = SwappedColumnsMapping if hidden_first else AutoMapping
         mappings += [
