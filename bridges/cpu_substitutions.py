@@ -104,17 +104,6 @@ def _megatron_symbols() -> dict[tuple[str, str], Any]:
     }
 
 
-# Methods that Megatron hands to torch.compile, which would run a C++ compiler in every rank: taken as they are written.
-COMPILED: dict[tuple[str, str], tuple[str, ...]] = {
-    ("megatron.core.transformer.attention", "Attention"): ("_apply_output_gate",),
-    ("megatron.core.ssm.gated_delta_net.common", "_GDNBase"): (
-        "_apply_gated_norm",
-        "_prepare_input_for_gated_delta_rule",
-        "_compute_g_and_beta",
-    ),
-}
-
-
 class _CudaMeansCpu(TorchFunctionMode):
     """Literal `device="cuda"` arguments, `.cuda()` and `pin_memory=True` inside Megatron mean the CPU."""
 
