@@ -20,10 +20,16 @@ def _words(values):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a GPU; runs with --run-gpu")
+    config.addinivalue_line("markers", "gpu: runs on GPUs too, and with --run-gpu nothing else does")
+    if not config.getoption("--run-gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on a machine with GPUs and without
     import torch
     from hypothesis import settings
 
+    import harness  # noqa: F401 - says how to ask for GPUs without starting CUDA
+
+    if config.getoption("--run-gpu") and not torch.cuda.is_available():
+        raise pytest.UsageError("--run-gpu: torch sees no GPU here")
     torch.set_num_threads(1)  # ranks are forked from this process and need the cores
     settings.register_profile("dev", deadline=None, max_examples=50)
     settings.register_profile("ci", deadline=None, max_examples=200, derandomize=True)
@@ -31,11 +37,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--run-gpu"):
-        skip = pytest.mark.skip(reason="needs a GPU: run with --run-gpu")
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(skip)
+    """With --run-gpu the cells run on GPUs; the other tests are about this machine's CPU, or about no machine."""
+    if config.getoption("--run-gpu"):
+        config.hook.pytest_deselected(items=[item for item in items if "gpu" not in item.keywords])
+        items[:] = [item for item in items if "gpu" in item.keywords]
 
 
 def pytest_generate_tests(metafunc):
@@ -44,20 +49,21 @@ def pytest_generate_tests(metafunc):
         return
     import toy_models
     from harness.checks import CHECKS
-    from harness.layouts import choose
-    from harness.sweep import has_experts
+    from harness.sweep import layouts_of
 
     config = metafunc.config
-    which = _words(config.getoption("--layouts")) or ["quick"]
+    gpu = config.getoption("--run-gpu")
+    which = _words(config.getoption("--layouts")) or ["gpu" if gpu else "quick"]
+    checks = (*CHECKS, "bf16") if gpu else CHECKS
     rows = _words(config.getoption("--row")) or toy_models.rows()
     for row in rows:
         toy_models.config_dict(row)
     cells = [
         (row, layout, check)
         for row in rows
-        for layout in choose(which, experts=has_experts(row))
-        for check in CHECKS
-        if check != "config" or layout == choose(which, experts=has_experts(row))[0]
+        for n, layout in enumerate(layouts_of(row, which))
+        for check in checks
+        if check != "config" or n == 0
     ]
     cells.sort(key=lambda c: (c[1].world_size, str(c[1])))  # one layout after the other: process groups are kept
     metafunc.parametrize(("row", "layout", "check"), cells, ids=[f"{r}-{layout}-{c}" for r, layout, c in cells])

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 import toy_models
-from bridges import AutoBridge, Layout, MegatronModelBridge
+from bridges import AutoBridge, Layout, LayoutError, MegatronModelBridge
 from bridges.checkpoint import Checkpoint, same_bytes, source_digest
 from bridges.cpu_backend import zigzag_positions
 from bridges.plan import Parameter, local_shape, prove_layout, shard_of
@@ -56,6 +56,7 @@ class Subject:
     whole: jobs.Global | None = None  # the last layout's tensors, for the cross-layout round trip
     whole_from: str = ""
     digests: dict[str, Outcome] = field(default_factory=dict)
+    bf16: tuple | None = None  # see harness.bf16
     gradients: tuple[dict[str, torch.Tensor], list[str]] | None = None  # the reference's, kept by check_grads
 
     @classmethod
@@ -102,6 +103,17 @@ class Bench:
 
     def run(self, job: Callable, *args: Any) -> list[Any]:
         return self.ranks.run(self.layout.world_size, job, *args)
+
+    def check_possible(self) -> None:
+        """LayoutError when the model does not divide into the layout, or the machine has too few GPUs for it."""
+        self.subject.auto_bridge.to_megatron_provider(load_weights=False).apply_layout(self.layout).check_layout()
+        if torch.cuda.is_available() and self.layout.world_size > torch.cuda.device_count():
+            raise LayoutError(f"{self.layout} needs {self.layout.world_size} GPUs; {torch.cuda.device_count()} here")
+
+    def check_fp32_attention(self) -> None:
+        """NotApplicable where attention in fp32 is not to be had."""
+        if torch.cuda.is_available() and self.layout.cp > 1:
+            raise NotApplicable("Transformer Engine's attention has no fp32 kernel for context parallelism")
 
     def build(self) -> None:
         self.ranks.use_for(self.layout)
@@ -283,6 +295,7 @@ def gather_shards(by_rank) -> jobs.Global:
 def check_logits(bench: Bench) -> Outcome:
     """Megatron's logits in this layout, of the main model and of every head of multi-token prediction, on every replica,
     against the golden."""
+    bench.check_fp32_attention()
     golden = bench.subject.golden
     expected = [golden.logits, *golden.mtp_logits]
     replicas = assemble(
@@ -325,20 +338,26 @@ def assemble(by_rank, layout: Layout, shape) -> list[np.ndarray]:
 
 def localise(bench: Bench) -> str:
     """Which module is the first that differs from Hugging Face, in this layout."""
-    subject, layout = bench.subject, bench.layout
+    subject = bench.subject
     expected = hf_activations(subject.reference, subject.golden.inputs)
-    length = subject.golden.inputs.shape[1]
-    actual: dict[str, np.ndarray] = {}
-    for coords, found in bench.run(jobs.activations, subject.golden.inputs.numpy()):
+    return first_difference(expected, gathered(bench, jobs.activations), subject.golden.gate)
+
+
+def gathered(bench: Bench, job: Callable[[np.ndarray], jobs.Recorded]) -> dict[str, np.ndarray]:
+    """What ranks recorded of modules, put together: {module: [batch, sequence, width]}."""
+    layout, inputs = bench.layout, bench.subject.golden.inputs
+    length = inputs.shape[1]
+    whole: dict[str, np.ndarray] = {}
+    for coords, found in bench.run(job, inputs.numpy()):
         if coords.dp:
             continue
         for name, local in found.items():
             positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp).numpy()
             if layout.sp:
                 positions = np.split(positions, layout.tp)[coords.tp]
-            whole = actual.setdefault(name, np.full(expected[name].shape, np.nan, np.float32))
-            whole[:, positions] = local
-    return first_difference(expected, actual, subject.golden.gate)
+            empty = np.full((*inputs.shape, local.shape[-1]), np.nan, np.float32)
+            whole.setdefault(name, empty)[:, positions] = local
+    return whole
 
 
 # -- reload ----------------------------------------------------------------------------------------------------------

@@ -51,12 +51,10 @@ def families(json_file: JsonOption = None) -> None:
 
     import toy_models
     from harness import goldens
-    from harness.layouts import choose
-    from harness.sweep import describe, has_experts
+    from harness.sweep import describe, layouts_of
 
     rows = [
-        {**describe(row, choose("full", experts=has_experts(row))), "golden": row in goldens.list_goldens()}
-        for row in toy_models.rows()
+        {**describe(row, layouts_of(row, "full")), "golden": row in goldens.list_goldens()} for row in toy_models.rows()
     ]
     _write_json(json_file, rows)
     if json_file != "-":

@@ -24,6 +24,7 @@ Blocks = tuple[np.ndarray, list[tuple[str, Box]]]
 def check_grads(bench: Bench) -> Outcome:
     """Every parameter's gradient, after Megatron's own finalisation, against Hugging Face's, and Hugging Face's against the
     golden's fingerprints. The value is the worst tensor's relative RMS."""
+    bench.check_fp32_attention()
     subject, layout = bench.subject, bench.layout
     provider = subject.auto_bridge.to_megatron_provider(load_weights=False)
     if provider.num_moe_experts and layout.tp > 1 and not layout.sp:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,8 +83,8 @@ class Built:
     peak_mib: float
 
 
-def build(folder: str, layout: Layout, bridge_key: str | None = None) -> Built:
-    """Build the model of a checkpoint in a layout, poison it with NaN, import the checkpoint into it."""
+def build(folder: str, layout: Layout, bridge_key: str | None = None, dtype: torch.dtype | None = None) -> Built:
+    """Build the model of a checkpoint in a layout (in another dtype maybe), poison it with NaN, import the checkpoint."""
     global _current
     start = time.perf_counter()
     _current = None
@@ -92,13 +92,15 @@ def build(folder: str, layout: Layout, bridge_key: str | None = None) -> Built:
     bridge = AutoBridge.from_hf_pretrained(folder, bridge=INHERITED_BRIDGES[bridge_key] if bridge_key else None)
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.perform_initialization = False
+    if dtype is not None:
+        provider.params_dtype, provider.bf16 = dtype, dtype == torch.bfloat16
     provider.apply_layout(layout).finalize()
     ensure_process_groups(provider, layout)
     chunks = provider.provide_distributed_model(wrap_with_ddp=False)
     for chunk in chunks:
         chunk.eval()
     poison(chunks)
-    bridge.load_hf_weights(chunks)
+    bridge.load_hf_weights(chunks, lossy=dtype is not None)
     _current = Current(bridge, provider, chunks)
     named = list(global_tensors(chunks))
     unwritten = tuple(n for n, t in named if t.is_floating_point() and bool(t.isnan().any()))
@@ -120,28 +122,41 @@ def poison(chunks) -> None:
             tensor.fill_(float("nan"))
 
 
-def activations(input_ids: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]:
+Recorded = tuple[Any, dict[str, np.ndarray]]
+
+
+def activations(input_ids: np.ndarray) -> Recorded:
     """(coordinates, {module by its place in the whole model: output [batch, local sequence, hidden]}) of this rank."""
-    this = current()
-    _, coords = current_layout(this.provider)
+    modules = {}
+    for chunk in current().chunks:
+        if hasattr(chunk, "embedding"):
+            modules["embedding"] = chunk.embedding
+        for layer in chunk.decoder.layers:
+            for block in ("self_attention", "mlp"):
+                modules[f"layers.{layer.layer_number - 1}.{block}"] = getattr(layer, block)
+    return _recorded(input_ids, modules, lambda args, output: output[0] if isinstance(output, tuple) else output)
+
+
+def choices(input_ids: np.ndarray) -> Recorded:
+    """(coordinates, {router by its layer: 1 for each expert chosen [batch, local sequence, experts]}) of this rank."""
+    layers = [layer for chunk in current().chunks for layer in chunk.decoder.layers if hasattr(layer.mlp, "router")]
+    modules = {f"layers.{layer.layer_number - 1}.router": layer.mlp.router for layer in layers}
+    return _recorded(input_ids, modules, lambda args, output: output[1].view(*args[0].shape[:2], -1))
+
+
+def _recorded(input_ids: np.ndarray, modules: dict[str, Any], pick: Callable[[Any, Any], torch.Tensor]) -> Recorded:
+    """What `pick(arguments, output)` takes of each module in a forward: [local sequence, batch, width] by microbatch."""
+    _, coords = current_layout(current().provider)
     found: dict[str, list[torch.Tensor]] = {}
 
     def hook(name):
         def save(module, args, output):
-            out = output[0] if isinstance(output, tuple) else output
             # A copy: without gradients Megatron adds the residual to this very tensor.
-            found.setdefault(name, []).append(out.detach().float().transpose(0, 1).clone())
+            found.setdefault(name, []).append(pick(args, output).detach().float().transpose(0, 1).clone())
 
         return save
 
-    handles = []
-    for chunk in this.chunks:
-        if hasattr(chunk, "embedding"):
-            handles.append(chunk.embedding.register_forward_hook(hook("embedding")))
-        for layer in chunk.decoder.layers:
-            for block in ("self_attention", "mlp"):
-                name = f"layers.{layer.layer_number - 1}.{block}"
-                handles.append(getattr(layer, block).register_forward_hook(hook(name)))
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
         forward(input_ids)
     finally:

@@ -29,9 +29,17 @@ QUICK_EXPERT = ("tp1", "tp2-sp", "pp2-vpp2", "cp2", "ep2", "tp2-ep2-etp1-sp", "t
 NASTY_DENSE = ("tp1", "tp4", "pp2-split3.5", "pp4-vpp2", "tp2-pp2-sp")
 NASTY_EXPERT = (*NASTY_DENSE[:-1], "tp2-pp2-ep2-sp", "tp2-pp2-vpp2-ep2-etp1-cp2-sp")
 
+# Heads of multi-token prediction on a stage of their own, and there on the last virtual one.
+NASTY_HEADS = ("pp2-split8.0", "tp2-pp2-vpp2-split3.3.2.0-sp")
 
-def choose(which: str | list[str] | tuple[str, ...], *, experts: bool) -> list[Layout]:
-    """`quick`, `full`, or layouts by name, for a model with or without experts."""
+# One GPU, and what fits on two and four.
+GPU_DENSE = ("tp1", "tp2-sp", "pp2-vpp2", "cp2", "tp2-pp2-sp")
+GPU_EXPERT = (*GPU_DENSE, "ep2", "tp2-ep2-etp1-sp")
+
+
+def choose(which: str | list[str] | tuple[str, ...], *, experts: bool, heads: bool = False) -> list[Layout]:
+    """`quick`, `full`, `gpu`, or layouts by name, for a model with or without experts, with or without heads of
+    multi-token prediction."""
     names = [which] if isinstance(which, str) else list(which)
     chosen: dict[Layout, None] = {}
     for name in names:
@@ -39,7 +47,9 @@ def choose(which: str | list[str] | tuple[str, ...], *, experts: bool) -> list[L
             found = [Layout.parse(t) for t in (QUICK_EXPERT if experts else QUICK_DENSE)]
         elif name == "full":
             nasty = [Layout.parse(t) for t in (NASTY_EXPERT if experts else NASTY_DENSE)]
-            found = list(covering(experts, tuple(nasty)))
+            found = [*covering(experts, tuple(nasty)), *(Layout.parse(t) for t in NASTY_HEADS if heads)]
+        elif name == "gpu":
+            found = [Layout.parse(t) for t in (GPU_EXPERT if experts else GPU_DENSE)]
         else:
             found = [Layout.parse(name)]
         chosen.update(dict.fromkeys(found))

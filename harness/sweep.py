@@ -20,14 +20,20 @@ import toy_models
 from bridges import Layout, LayoutError, MegatronModelBridge, cpu_substitutions
 from harness import checks as basic
 from harness import jobs, layouts
+from harness.bf16 import check_bf16
 from harness.checks import CHECKS, Bench, NotApplicable, Outcome, Subject
 from harness.flops.proof import check_flops
 from harness.grads import check_grads
 from harness.ranks import RankError, Ranks
 from harness.report import Cell, Report
 
-# `flops` runs when it is asked for; tests do.
-FUNCTIONS: dict[str, Callable[[Bench], Outcome]] = {**basic.FUNCTIONS, "grads": check_grads, "flops": check_flops}
+# `flops` and `bf16` run when they are asked for: tests do, on the CPU the one, on a GPU the other.
+FUNCTIONS: dict[str, Callable[[Bench], Outcome]] = {
+    **basic.FUNCTIONS,
+    "grads": check_grads,
+    "flops": check_flops,
+    "bf16": check_bf16,
+}
 
 LIBRARIES = ("goldengate", "torch", "transformers", "megatron-core", "safetensors", "numpy")
 
@@ -85,10 +91,7 @@ def verify_rows(
             if subject.bridge_key and bridge:
                 jobs.INHERITED_BRIDGES[subject.bridge_key] = bridge
             subjects[row] = subject
-        chosen = {
-            row: layouts.choose(which if isinstance(which, str) else list(which), experts=has_experts(row))
-            for row in rows
-        }
+        chosen = {row: layouts_of(row, which) for row in rows}
         order = list(dict.fromkeys(layout for found in chosen.values() for layout in found))
         order.sort(key=lambda layout: (layout.world_size, layout.pp, layout.ep))
         started(sum(map(len, chosen.values())))
@@ -148,7 +151,7 @@ def run_cells(bench: Bench, checks: Sequence[str]) -> tuple[list[Cell], float]:
         )
 
     try:
-        bench.subject.auto_bridge.to_megatron_provider(load_weights=False).apply_layout(bench.layout).check_layout()
+        bench.check_possible()
         on_ranks = [c for c in checks if c != "config"]
         if on_ranks:
             bench.build()
@@ -171,6 +174,12 @@ def run_cells(bench: Bench, checks: Sequence[str]) -> tuple[list[Cell], float]:
             cells.append(made(check, outcome, took + time.perf_counter() - start))
         took = 0.0
     return cells, time.perf_counter() - begin
+
+
+def layouts_of(row: str, which: str | Sequence[str]) -> list[Layout]:
+    """`quick`, `full`, `gpu` or layouts by name, for a row."""
+    names = which if isinstance(which, str) else list(which)
+    return layouts.choose(names, experts=has_experts(row), heads=toy_models.mtp_spec(row) is not None)
 
 
 def has_experts(row: str) -> bool:

@@ -29,9 +29,8 @@ def bench(subjects, ranks, tmp_path_factory):
         if not latest or (latest[0].subject.row, latest[0].layout) != (row, layout):
             latest.clear()
             new = Bench(subjects(row), layout, ranks, tmp_path_factory.mktemp("exports"))
-            provider = new.subject.auto_bridge.to_megatron_provider(load_weights=False)
             try:
-                provider.apply_layout(layout).check_layout()
+                new.check_possible()
             except LayoutError as impossible:
                 pytest.skip(str(impossible))
             new.build()
@@ -41,6 +40,7 @@ def bench(subjects, ranks, tmp_path_factory):
     return make
 
 
+@pytest.mark.gpu
 def test_cell(row, layout, check, bench):
     """The check passes: its value is within its limit."""
     try:
