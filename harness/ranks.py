@@ -1,4 +1,4 @@
-"""A pool of ranks forked from this process, which has torch and Megatron already imported.
+"""A pool of ranks: forked from this process, which has torch and Megatron already imported, or new ones with a GPU.
 
 Ranks stay alive between jobs, run with one thread each and hold a gloo (or NCCL) world of their size. A job is a
 module-level function called on every rank with the same arguments. A rank that fails, dies or passes the deadline fails the
@@ -40,7 +40,8 @@ class Pool:
     def __init__(self, world_size: int):
         self.world_size = world_size
         self.folder = Path(tempfile.mkdtemp(prefix="goldengate-ranks-"))
-        context = multiprocessing.get_context("fork")
+        # With a GPU ranks are new processes: a fork cannot use CUDA once its parent has, and importing fla does.
+        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
@@ -127,6 +128,10 @@ def _serve(rank: int, world_size: int, connection: Connection, folder: Path) -> 
     # A rank dies with its parent, as daemons do, and may all the same fork: Megatron's checkpoint writers are children.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        from harness.sweep import quiet
+
+        quiet()
     ready = False
     while True:
         try:
@@ -185,8 +190,8 @@ class Ranks:
             raise
 
     def use_for(self, purpose: object) -> None:
-        """Start with a new pool when the purpose (a layout) is another one: old groups are never taken down."""
-        if purpose != self._purpose:
+        """Start with a new pool when the purpose (a layout) is another one: gloo's groups are never taken down."""
+        if purpose != self._purpose and not torch.cuda.is_available():
             self.close()
             self._purpose = purpose
 

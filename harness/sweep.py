@@ -71,6 +71,11 @@ def verify_rows(
     for name in wanted:
         if name not in FUNCTIONS:
             raise ValueError(f"check {name!r} is not known; checks are {', '.join(FUNCTIONS)}")
+    if bridge is not None and torch.cuda.is_available():
+        raise ValueError(
+            "with a GPU ranks are new processes, which know registered bridges alone: register the bridge, or hide the "
+            "GPUs (CUDA_VISIBLE_DEVICES=) and try it out on the CPU"
+        )
     quiet()
     if not torch.cuda.is_available():
         cpu_substitutions.install()

@@ -2,7 +2,9 @@
 
 import copy
 import difflib
+import inspect
 import json
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -71,10 +73,20 @@ def build(row: str, *, dtype: torch.dtype = torch.float32, attn_implementation: 
     model = AutoModelForCausalLM.from_config(
         hf_config(row), dtype=dtype, attn_implementation=attn_implementation, experts_implementation="eager"
     )
+    plain_torch(model)
     randomise(model)
     spec = mtp_spec(row)
     attach_mtp(model, mtp.make(spec, model) if spec else None)
     return model.eval()
+
+
+def plain_torch(model: PreTrainedModel) -> None:
+    """transformers' own PyTorch functions for a model, where it would take those of another package (fla's GPU kernels for
+    gated delta nets, say) once that is installed: the reference runs on a CPU and is the same everywhere."""
+    module = sys.modules[type(model).__module__]
+    for name, function in list(vars(module).items()):
+        if hasattr(function, "__wrapped__") and name.startswith(("torch_", "causal_conv1d_")):
+            setattr(module, name, inspect.unwrap(function))
 
 
 def published_as_in_memory(row: str) -> bool:
