@@ -19,8 +19,10 @@ app = typer.Typer(
 )
 golden_app = typer.Typer(no_args_is_help=True, help="The stored reference values.")
 convert_app = typer.Typer(no_args_is_help=True, help="Real checkpoints, in any layout.")
+bench_app = typer.Typer(no_args_is_help=True, help="The ledger that pytest benchmarks --ledger writes.")
 app.add_typer(golden_app, name="golden")
 app.add_typer(convert_app, name="convert")
+app.add_typer(bench_app, name="bench")
 
 JsonOption = Annotated[str | None, typer.Option("--json", help="Write JSON to this file; - is standard output.")]
 Rows = Annotated[list[str] | None, typer.Argument(help="Rows (toy models); all when none is given.")]
@@ -265,6 +267,40 @@ def convert_export(
     from harness.convert import export_checkpoint
 
     _write_json(json_file, export_checkpoint(source, target, reference, layout, trust_remote_code))
+
+
+# -- bench -----------------------------------------------------------------------------------------------------------
+
+Selection = Annotated[str, typer.Argument(help="LEDGER.jsonl, or LEDGER.jsonl@COMMIT, or LEDGER.jsonl@LABEL.")]
+
+
+@bench_app.command("compare")
+def bench_compare(a: Selection, b: Selection, json_file: JsonOption = None) -> None:
+    """Is B faster or slower than A? By case, from replicated processes; exit 1 for slower, or when nothing compares."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from harness.bench import command, ledger, verdict
+
+    verdicts = verdict.compare(ledger.select(a), ledger.select(b))
+    _write_json(json_file, [asdict(v) for v in verdicts])
+    if json_file != "-":
+        Console().print(command.table(verdicts))
+    raise typer.Exit(command.exit_code(verdicts))
+
+
+@bench_app.command("plot")
+def bench_plot(
+    selection: Selection,
+    out: Annotated[Path, typer.Option(help="The picture, .png or .svg.")],
+) -> None:
+    """TFLOP/s by commit or label, and measured time against predicted."""
+    from harness.bench import ledger
+    from harness.bench.plot import plot
+
+    plot(ledger.select(selection), out)
+    print(out)
 
 
 def main() -> None:

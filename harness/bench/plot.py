@@ -1,0 +1,91 @@
+"""Pictures of a ledger: TFLOP/s per GPU by commit, and measured time against what the roofline predicts."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from harness.bench.ledger import LedgerError, Record, by_case
+
+FORMATS = (".png", ".svg")
+
+
+def runs(records: list[Record]) -> list[str]:
+    """Labels, or commits without one, in the order of the ledger."""
+    return list(dict.fromkeys(run_of(r) for r in records))
+
+
+def run_of(record: Record) -> str:
+    return record["label"] or record["commit"][:9]
+
+
+def plot(records: list[Record], out: Path) -> None:
+    """One page for one device. LedgerError for a file that is no .png or .svg, and where there is nothing to draw."""
+    if out.suffix not in FORMATS:
+        raise LedgerError(f"{out}: the picture is one of {', '.join(FORMATS)}")
+    drawn = {case: lines for case, lines in by_case(records).items() if lines[0]["tflops"] is not None}
+    if not drawn:
+        raise LedgerError("no line has FLOPs: nothing to plot")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(19, 7.5), constrained_layout=True, width_ratios=(3, 3, 4))
+    colours = plt.get_cmap("tab20")
+    style = {case: (colours(i // 2 * 2 % 20), "o" if i % 2 else "^") for i, case in enumerate(drawn)}
+    order = runs(records)
+    _over_runs(axes[0], {c: r for c, r in drawn.items() if not c.endswith(".train")}, order, style, "forward")
+    _over_runs(axes[1], {c: r for c, r in drawn.items() if c.endswith(".train")}, order, style, "forward + backward")
+    _against_prediction(axes[2], drawn, style)
+    device = records[-1]["device"]["name"]
+    peak = statistics.median(r["ceiling"]["flops_per_s"] for r in records) / 1e12
+    processes = len({r["process"] for r in records})
+    figure.suptitle(f"{device}: {processes} processes; a matrix product in the same runs reaches {peak:.4g} TFLOP/s")
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def _over_runs(axis: Any, drawn: dict[str, list[Record]], order: list[str], style: dict, title: str) -> None:
+    """A point a process, a line through the medians of the runs."""
+    for case, records in drawn.items():
+        colour, marker = style[case]
+        places = [order.index(run_of(r)) for r in records]
+        values = [r["tflops"] for r in records]
+        axis.scatter(places, values, color=colour, marker=marker, s=14, alpha=0.5)
+        middles = {p: statistics.median(v for q, v in zip(places, values, strict=True) if q == p) for p in set(places)}
+        ordered = sorted(middles.items())
+        axis.plot([p for p, _ in ordered], [v for _, v in ordered], color=colour)
+        axis.annotate(case, ordered[-1], fontsize=7, xytext=(5, 0), textcoords="offset points", va="center")
+    axis.set_xticks(range(len(order)), order, rotation=30, ha="right", fontsize=8)
+    axis.set_xlim(-0.5, len(order) + 0.3)
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("TFLOP/s per GPU (hardware FLOPs)")
+    axis.set_title(title)
+    axis.grid(alpha=0.3)
+
+
+def _against_prediction(axis: Any, drawn: dict[str, list[Record]], style: dict) -> None:
+    """Medians over processes; the bar goes from perfect overlap to none."""
+    points = []
+    for case, records in drawn.items():
+        colour, marker = style[case]
+        measured = 1e3 * statistics.median(r["median_s"] for r in records)
+        low, high = (1e3 * statistics.median(r["roofline"][k] for r in records) for k in ("seconds", "serial_seconds"))
+        points += [measured, low, high]
+        axis.plot([low, high], [measured, measured], color=colour, linewidth=1)
+        axis.plot(
+            [low], [measured], color=colour, marker=marker, linestyle="none", label=f"{case}  {measured / low:.2f}x"
+        )
+    ends = (min(points) * 0.7, max(points) * 1.4)
+    for factor, line in ((1, "-"), (1.25, "--"), (2, ":")):
+        axis.plot(ends, [factor * e for e in ends], color="grey", linestyle=line, linewidth=0.8)
+        axis.annotate(f"{factor:g}x", (ends[1], factor * ends[1]), fontsize=7, color="grey")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("predicted ms: the longer of FLOPs and bytes (marker) to their sum (end of the bar)")
+    axis.set_ylabel("measured ms (median of processes)")
+    axis.set_title("measured against roofline")
+    axis.legend(fontsize=7, loc="upper left")
+    axis.grid(alpha=0.3)
