@@ -64,8 +64,8 @@ def models(machine):
 def _reset_memory(machine):
     import torch
 
-    gc.collect()
     if not machine.toy:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

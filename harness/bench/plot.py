@@ -34,7 +34,7 @@ def plot(records: list[Record], out: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(19, 7.5), constrained_layout=True, width_ratios=(3, 3, 4))
     colours = plt.get_cmap("tab20")
-    style = {case: (colours(i // 2 * 2 % 20), "o" if i % 2 else "^") for i, case in enumerate(drawn)}
+    style = {case: (colours(i // 2 % 20), "o" if i % 2 else "^") for i, case in enumerate(drawn)}
     order = runs(records)
     _over_runs(axes[0], {c: r for c, r in drawn.items() if not c.endswith(".train")}, order, style, "forward")
     _over_runs(axes[1], {c: r for c, r in drawn.items() if c.endswith(".train")}, order, style, "forward + backward")
@@ -49,6 +49,7 @@ def plot(records: list[Record], out: Path) -> None:
 
 def _over_runs(axis: Any, drawn: dict[str, list[Record]], order: list[str], style: dict, title: str) -> None:
     """A point a process, a line through the medians of the runs."""
+    ends: dict[str, tuple[int, float]] = {}
     for case, records in drawn.items():
         colour, marker = style[case]
         places = [order.index(run_of(r)) for r in records]
@@ -57,9 +58,15 @@ def _over_runs(axis: Any, drawn: dict[str, list[Record]], order: list[str], styl
         middles = {p: statistics.median(v for q, v in zip(places, values, strict=True) if q == p) for p in set(places)}
         ordered = sorted(middles.items())
         axis.plot([p for p, _ in ordered], [v for _, v in ordered], color=colour)
-        axis.annotate(case, ordered[-1], fontsize=7, xytext=(5, 0), textcoords="offset points", va="center")
+        ends[case] = ordered[-1]
     axis.set_xticks(range(len(order)), order, rotation=30, ha="right", fontsize=8)
     axis.set_xlim(-0.5, len(order) + 0.3)
+    apart, lowest = 0.022 * max((r["tflops"] for records in drawn.values() for r in records), default=0), 0.0
+    for case, (place, value) in sorted(ends.items(), key=lambda item: item[1][1]):
+        lowest = max(value, lowest + apart)  # names do not lie on one another
+        axis.annotate(
+            case, (place, value), xytext=(place + 0.08, lowest), fontsize=7, va="center", color=style[case][0]
+        )
     axis.set_ylim(bottom=0)
     axis.set_ylabel("TFLOP/s per GPU (hardware FLOPs)")
     axis.set_title(title)
@@ -87,5 +94,5 @@ def _against_prediction(axis: Any, drawn: dict[str, list[Record]], style: dict) 
     axis.set_xlabel("predicted ms: the longer of FLOPs and bytes (marker) to their sum (end of the bar)")
     axis.set_ylabel("measured ms (median of processes)")
     axis.set_title("measured against roofline")
-    axis.legend(fontsize=7, loc="upper left")
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), title="measured / predicted")
     axis.grid(alpha=0.3)
