@@ -13,7 +13,7 @@ from harness.bench.ledger import Record, digest
 from harness.bench.measure import LOOP, Ceiling, Clock, roofline
 from harness.bench.subject import Built, Subject, selected
 
-ROUNDS = range(5, 21)  # as many as fit into SECONDS
+ROUNDS = range(3, 21)  # as many as fit into SECONDS; a round of a large model takes almost one
 SECONDS = 0.6
 TOY_ROUNDS = 3
 # What flash-linear-attention says when its backward is not to be trusted on this GPU (its issue 640).
