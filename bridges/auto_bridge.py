@@ -229,11 +229,14 @@ class AutoBridge:
         )
         first = not dist.is_initialized() or dist.get_rank() == 0
         _together(writer.create if first else None)
-        try:
+
+        def write() -> None:
             writer.open()
             export_weights(tasks, coords, writer.view, progress)
             writer.flush()
-            _together(None)
+
+        try:
+            _together(write)
             _together((lambda: writer.commit(self._extra_files(_config(model), source))) if first else None)
         except BaseException:
             writer.abort()
@@ -250,14 +253,18 @@ def _config(model) -> Any:
 
 
 def _together(action) -> None:
-    """Run `action` on the rank that has one; an error there is raised on every rank, so that nobody waits for ever."""
-    error: list = [None]
+    """Run `action` on the ranks that have one. Nobody goes on before all are done, and an error of any is raised on every
+    rank, so that nobody waits for ever."""
+    error = None
     if action is not None:
         try:
             action()
         except Exception as caught:
-            error = [caught]
+            error = caught
+    errors = [error]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(error, src=0)
-    if error[0] is not None:
-        raise error[0]
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)  # a broadcast would let its source go on alone
+    for one in errors:
+        if one is not None:
+            raise one

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import toy_models
 from bridges import AutoMapping, GatedMLPMapping, Layout, Mapping, MegatronModelBridge, Part, auto_bridge
+from bridges.checkpoint_writer import CheckpointWriter
 from bridges.config_rules import NO_ROPE_LAYERS, WINDOW, Rule
 from bridges.families.bailing import BailingMoeV2Bridge
 from bridges.families.deepseek import DeepseekV2Bridge, DeepseekV3Bridge
@@ -779,3 +781,36 @@ def test_the_localiser_finds_no_difference_where_there_is_none(layout, ranks, tm
     bench = Bench(Subject.make("qwen2_moe", tmp_path), Layout.parse(layout), ranks, tmp_path)
     bench.build()
     assert localise(bench).startswith("all 17 blocks agree")
+
+
+# Ranks at their own pace
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_an_export_waits_for_every_rank(slow, monkeypatch):
+    """One rank opens its files late: nobody may rename them, or say that all is well, before it has written."""
+    opened = CheckpointWriter.open
+
+    def late(self):
+        if torch.distributed.get_rank() == slow:
+            time.sleep(0.5)
+        opened(self)
+
+    monkeypatch.setattr(CheckpointWriter, "open", late)
+    report = verify("llama3", bridge=LlamaBridge, layouts=["tp2"], checks=["roundtrip"])
+    assert report.ok, report.cells[0].detail
+
+
+def test_an_export_fails_on_every_rank_when_one_cannot_write(monkeypatch):
+    """The others do not wait for it, and nothing is left that looks like a checkpoint."""
+    opened = CheckpointWriter.open
+
+    def refuse(self):
+        if torch.distributed.get_rank() == 1:
+            raise OSError("no space left on device")
+        opened(self)
+
+    monkeypatch.setattr(CheckpointWriter, "open", refuse)
+    cell = verify("llama3", bridge=LlamaBridge, layouts=["tp2"], checks=["roundtrip"]).cells[0]
+    assert cell.status == "error"
+    assert "no space left on device" in cell.detail

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from bridges.auto_bridge import _together
 from harness.ranks import Pool, RankError, Ranks
 
 
@@ -55,6 +56,16 @@ def answer_a_lambda() -> object:
     return lambda: None
 
 
+def write_together(bad: int) -> None:
+    """What an export does with its steps: one rank cannot."""
+
+    def step():
+        if torch.distributed.get_rank() == bad:
+            raise OSError("no space left")
+
+    _together(step)
+
+
 @pytest.fixture(scope="module")
 def ranks():
     """Pools of this module's own, so that killing their ranks disturbs no other test."""
@@ -69,6 +80,14 @@ def failure(ranks: Ranks, *job, world_size: int = 2, **options) -> RankError:
     assert ranks.run(world_size, total, 1) == [sum(range(world_size))] * world_size, "the pool is not rebuilt"
     assert len(str(caught.value).splitlines()) == 1
     return caught.value
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_error_of_any_rank_in_a_common_step_reaches_all(ranks, bad):
+    """It was once the first rank's alone that did, and the first went on before the others were done."""
+    error = failure(ranks, write_together, bad)
+    assert "no space left" in str(error)
+    assert "2 ranks failed" in str(error)
 
 
 def test_results_come_by_rank(ranks):
