@@ -21,8 +21,6 @@ def _words(values):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs on GPUs too, and with --run-gpu nothing else does")
-    if not config.getoption("--run-gpu"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on a machine with GPUs and without
     import torch
     from hypothesis import settings
 

@@ -1,5 +1,8 @@
 """The harness as a library: what DESIGN's contract promises to programs."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 
@@ -29,3 +32,19 @@ def test_a_wrong_word_is_an_error_that_names_it(arguments, message):
 
     with pytest.raises(ValueError, match=message):
         verify(**arguments)
+
+
+@pytest.mark.parametrize(("arguments", "hidden"), [([], True), (["--run-gpu"], False)])
+def test_tests_hide_gpus_unless_asked_and_benchmarks_do_not(arguments, hidden, monkeypatch):
+    """`pytest` says the same on every machine; a benchmark that silently ran on the CPU would be worse than none."""
+    from tests import conftest
+
+    class Config:
+        def getoption(self, name):
+            return name in arguments
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    conftest.pytest_configure(Config())
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if hidden else "3")
+    root = (Path(conftest.__file__).parents[1] / "conftest.py").read_text()
+    assert "CUDA_VISIBLE_DEVICES" not in root, "the root's conftest is that of benchmarks too"
