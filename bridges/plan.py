@@ -227,7 +227,8 @@ def prove(
         for copy in plan:
             by_hf.setdefault(copy.hf, []).append(copy.hf_box)
     for name, source in (repeated or {}).items():
-        by_hf.setdefault(name, by_hf.get(source, []))
+        if source in by_hf:
+            by_hf.setdefault(name, by_hf[source])
     for name, shape in hf_shapes.items():
         numel = math.prod(shape)
         if name not in by_hf:

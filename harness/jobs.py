@@ -129,7 +129,7 @@ def activations(input_ids: np.ndarray) -> Recorded:
     """(coordinates, {module by its place in the whole model: output [batch, local sequence, hidden]}) of this rank."""
     modules = {}
     for chunk in current().chunks:
-        if hasattr(chunk, "embedding"):
+        if chunk.pre_process:
             modules["embedding"] = chunk.embedding
         for layer in chunk.decoder.layers:
             for block in ("self_attention", "mlp"):
@@ -162,7 +162,9 @@ def _recorded(input_ids: np.ndarray, modules: dict[str, Any], pick: Callable[[An
     finally:
         for handle in handles:
             handle.remove()
-    return coords, {name: torch.cat(pieces).roll(coords.dp, 0).cpu().numpy() for name, pieces in found.items()}
+    # Heads of multi-token prediction look tokens up too, after the main model in each microbatch.
+    first = {name: pieces[:: max(1, len(pieces) * len(pieces[0]) // len(input_ids))] for name, pieces in found.items()}
+    return coords, {name: torch.cat(pieces).roll(coords.dp, 0).cpu().numpy() for name, pieces in first.items()}
 
 
 @contextmanager

@@ -86,6 +86,14 @@ FULL = r"first to differ: layers\.1\.self_attention \("  # the first softmax lay
 CUT_ACROSS = replaced(Qwen3_5Bridge, Mapping(IN_PROJ, uncut(SEPARATE), sizes=SIZES))
 PACKED_CUT_ACROSS = replaced(Qwen3NextBridge, Mapping(IN_PROJ, uncut(PACKED), sizes=SIZES))
 CONV_CUT_ACROSS = replaced(Qwen3_5Bridge, Mapping(CONV, uncut(CONV_PARTS), sizes=SIZES))
+UNGATED = (
+    Mapping(QKV, (QUERY, KEY, VALUE), sizes=HEADS),
+    Mapping(
+        "mtp.layers.0.mtp_model_layer.self_attention.linear_qkv.weight",
+        tuple(Part(p.hf.replace("model.layers.*", "mtp.layers.0"), p.view) for p in (QUERY, KEY, VALUE)),
+        sizes=HEADS,
+    ),
+)
 NO_GATE = with_fields(Qwen3_5Bridge, attention_output_gate=False)
 NO_SHARED_GATE = with_fields(Qwen3NextBridge, moe_shared_expert_gate=False)
 
@@ -155,7 +163,7 @@ MUTANTS = [
     Mutant(
         "gate ignored",
         "qwen3_5_text",
-        replaced(NO_GATE, Mapping(QKV, (QUERY, KEY, VALUE), sizes=HEADS)),
+        replaced(NO_GATE, *UNGATED),
         {"complete": r"layers\.1\.self_attn\.q_proj\.weight .* covered by nothing", "logits": FULL},
         open=("roundtrip", "reload"),
     ),
@@ -168,7 +176,7 @@ MUTANTS = [
     Mutant(
         "shared gate ignored",
         "qwen3_next",
-        ignoring(NO_SHARED_GATE, SHARED_GATE),
+        ignoring(NO_SHARED_GATE, SHARED_GATE, "mtp.layers.*.mlp.shared_expert_gate.weight"),
         {"logits": MLP},
         open=("complete", "roundtrip", "reload"),
     ),
@@ -190,7 +198,7 @@ MUTANTS = [
         "all of rope",
         "qwen3_next",
         with_fields(Qwen3NextBridge, rotary_percent=1.0),
-        {"config": "partial_rotary_factor", "logits": r"first to differ: layers\.2\.self_attention \("},
+        {"config": "partial_rotary_factor", "logits": r"first to differ: layers\.1\.self_attention \("},
     ),
 ]
 
@@ -304,7 +312,7 @@ def one_by_one(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Experts each for itself, as transformers saves a model that it has made."""
     out = {}
     for name, tensor in tensors.items():
-        block, _, kind = name.partition(".experts.")
+        block, _, kind = name.partition(".experts.") if not name.startswith("mtp.") else (name, "", "")
         for e, matrix in enumerate(tensor if kind else ()):
             prefix = f"{block}.experts.{e}"
             if kind == "down_proj":

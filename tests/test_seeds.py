@@ -230,7 +230,7 @@ def guide_step_5(folder: Path, out: Path, ids: np.ndarray) -> tuple[float, str, 
         bridge.save_hf_pretrained(model, "./exported_model")
 
         jobs.set_current(jobs.Current(bridge, provider, model))
-        _, logits = jobs.forward(ids)
+        _, (logits,) = jobs.forward(ids)
         return provider.rotary_base, type(provider).__name__, logits
 
 
@@ -646,9 +646,10 @@ def test_llama_overrides_provider_bridge_for_rope_scaling(checkpoints):
     )
 
 
-@pytest.mark.parametrize("row", toy_models.rows())
+@pytest.mark.parametrize("row", [row for row in toy_models.rows() if not toy_models.reference_of(row)])
 def test_megatron_to_hf_config_is_the_inverse(row, checkpoints):
-    """config -> provider kwargs -> provider -> config.json text -> config -> the same kwargs, for every row."""
+    """config -> provider kwargs -> provider -> config.json text -> config -> the same kwargs, for every row that
+    transformers has a config class for; the check `config` sees the others through their own file."""
     bridge = AutoBridge.from_hf_pretrained(checkpoints(row))
     family, config = type(bridge._model_bridge), bridge.hf_pretrained.config
     kwargs = family.hf_config_to_provider_kwargs(config)
@@ -658,6 +659,8 @@ def test_megatron_to_hf_config_is_the_inverse(row, checkpoints):
     assert written["model_type"] == config.model_type
     again = PreTrainedCausalLM(type(config).from_dict(dict(written)), written)
     assert family.hf_config_to_provider_kwargs(again.config) == kwargs
+    if "mtp_num_layers" not in kwargs:  # Qwen3-Next's heads are counted on disk, where `again` has nothing
+        provider.mtp_num_layers = None
     assert fields(family().provider_bridge(again)) == fields(provider)
 
 
