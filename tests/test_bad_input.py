@@ -274,7 +274,7 @@ def test_a_tied_model_with_another_head_on_disk_is_refused(copy, tmp_path):
     """transformers would silently take the embedding; which of the two is meant is not ours to guess."""
     folder = copy("llama3.2_tied")
     edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].roll(1, 0)}))
-    says = r"lm_head\.weight differs from model\.embed_tokens\.weight , of which it should be a copy"
+    says = r"lm_head\.weight differs from model\.embed_tokens\.weight, of which it should be a copy"
     for layout in ("tp2", "pp2"):
         refused(tmp_path, "convert", "roundtrip", folder, "--layout", layout, says=says)
 
