@@ -13,6 +13,15 @@ from bridges.model_bridge import MegatronModelBridge
 
 # What both config.json files state beside the fields of CONFIG_MAPPING.
 ROUTING = {"n_group", "topk_group", "num_shared_experts", "first_k_dense_replace"}
+FIXED = {
+    "norm_topk_prob": True,
+    "score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "router_dtype": "fp32",
+    "embedding_dropout": 0.0,
+    "output_dropout": 0.0,
+    "num_nextn_predict_layers": 0,
+}
 
 
 def _shared_width(config: HF) -> Fields:
@@ -38,18 +47,7 @@ class BailingMoeV2Bridge(MegatronModelBridge):
         ("use_qk_norm", "qk_layernorm"),
     ]
     CONFIG_RULES = (FIRST_K_DENSE, GROUPS, shared_experts("num_shared_experts"), SHARED_WIDTH)
-    HF_FIXED = {
-        "use_bias": False,
-        "use_rmsnorm": True,
-        "norm_head": False,
-        "norm_topk_prob": True,
-        "score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        "router_dtype": "fp32",
-        "embedding_dropout": 0.0,
-        "output_dropout": 0.0,
-        "num_nextn_predict_layers": 0,
-    }
+    HF_FIXED = FIXED | {"use_bias": False, "use_rmsnorm": True, "norm_head": False}
     HF_DEFAULTS = {"partial_rotary_factor": 1.0}  # absent it would mean a half
     HF_FIELDS = frozenset(
         {hf for hf, _ in CONFIG_MAPPING} - {"shared_expert_intermediate_size", "initializer_range"}

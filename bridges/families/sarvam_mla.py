@@ -5,7 +5,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from bridges import mla
 from bridges.config_rules import FIRST_K_DENSE, GROUPS, SIGMOID_ROUTER, shared_experts
-from bridges.families.bailing import ROUTING, SHARED_WIDTH
+from bridges.families.bailing import FIXED, ROUTING, SHARED_WIDTH
 from bridges.families.deepseek import LatentMoeBridge
 from bridges.model_bridge import MegatronModelBridge
 
@@ -26,16 +26,7 @@ class SarvamMlaBridge(LatentMoeBridge):
         shared_experts("num_shared_experts"),
         SHARED_WIDTH,
     )
-    HF_FIXED = {
-        "use_qk_norm": True,  # the norm of the latent
-        "norm_topk_prob": True,
-        "score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        "router_dtype": "fp32",
-        "embedding_dropout": 0.0,
-        "output_dropout": 0.0,
-        "num_nextn_predict_layers": 0,
-    }
+    HF_FIXED = FIXED | {"use_qk_norm": True}  # the norm of the latent
     HF_INERT = LatentMoeBridge.HF_INERT | {"q_head_dim", "head_dim"}  # sums of the other head dims
     HF_FIELDS = frozenset(
         {hf for hf, _ in CONFIG_MAPPING}
