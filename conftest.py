@@ -1,6 +1,7 @@
 """pytest options and the fixtures that all tests share; the cells themselves are tests/test_cells.py."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -17,6 +18,12 @@ def pytest_addoption(parser):
 
 def _words(values):
     return [word for value in values for word in value.split(",") if word]
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Tests share the cores; what measures time, or a GPU, runs alone."""
+    alone = config.getoption("--run-gpu") or any("benchmarks" in Path(word).parts for word in config.args)
+    return 0 if alone else min(len(os.sched_getaffinity(0)), 8)
 
 
 def pytest_configure(config):
@@ -52,7 +59,8 @@ def pytest_generate_tests(metafunc):
     config = metafunc.config
     gpu = config.getoption("--run-gpu")
     which = _words(config.getoption("--layouts")) or ["gpu" if gpu else "quick"]
-    checks = (*CHECKS, "bf16") if gpu else CHECKS
+    checks = (*CHECKS, "bf16" if gpu else "flops")
+    once = ("config", "flops")  # the same in every layout, or (flops) proven for some in tests/test_flops_proof.py
     rows = _words(config.getoption("--row")) or toy_models.rows()
     for row in rows:
         toy_models.config_dict(row)
@@ -61,7 +69,7 @@ def pytest_generate_tests(metafunc):
         for row in rows
         for n, layout in enumerate(layouts_of(row, which))
         for check in checks
-        if check != "config" or n == 0
+        if check not in once or n == 0
     ]
     cells.sort(key=lambda c: (c[1].world_size, str(c[1])))  # one layout after the other: process groups are kept
     metafunc.parametrize(("row", "layout", "check"), cells, ids=[f"{r}-{layout}-{c}" for r, layout, c in cells])

@@ -149,20 +149,15 @@ class AutoBridge:
     def _tasks(self, model, source: Checkpoint) -> list[ConversionTask]:
         chunks: Sequence = model if isinstance(model, list | tuple) else [model]
         shapes = {name: info.shape for name, info in source.tensors.items()}
-        return build_tasks(
-            chunks,
-            self.mapping_registry(source),
-            shapes,
-            _config(chunks),
-            self.repeated_tensors(source, _config(chunks)),
-        )
+        registry, config = self.mapping_registry(source), _config(chunks)
+        return build_tasks(chunks, registry, shapes, config, self.repeated_tensors(source, config, registry))
 
-    def repeated_tensors(self, source: Checkpoint, provider: GPTModelProvider) -> dict[str, str]:
+    def repeated_tensors(
+        self, source: Checkpoint, provider: GPTModelProvider, registry: MegatronMappingRegistry
+    ) -> dict[str, str]:
         """{tensor of the checkpoint: the one of which it is a second copy}."""
         tied = provider.share_embeddings_and_output_weights
-        return repeated_tensors(
-            self._model_bridge.REPEATED_TENSORS, self.mapping_registry(source), source.tensors, tied=tied
-        )
+        return repeated_tensors(self._model_bridge.REPEATED_TENSORS, registry, source.tensors, tied=tied)
 
     def load_hf_weights(
         self, model, hf_path: str | os.PathLike | None = None, *, lossy: bool = False, progress: Progress | None = None

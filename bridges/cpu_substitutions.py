@@ -6,12 +6,14 @@ tests/test_cpu_backend.py, which fails when Megatron no longer has it or no long
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
 from contextlib import nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 
 class _Nothing:
@@ -104,29 +106,46 @@ def _megatron_symbols() -> dict[tuple[str, str], Any]:
     }
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Literal `device="cuda"` arguments, `.cuda()` and `pin_memory=True` inside Megatron mean the CPU."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if kwargs:
-            device = kwargs.get("device")
-            if device is not None and (
-                device == "cuda" or (isinstance(device, torch.device) and device.type == "cuda")
-            ):
-                kwargs["device"] = "cpu"
-            kwargs.pop("pin_memory", None)
-        if func is torch.Tensor.cuda:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+# Megatron's modules on our path that name the device "cuda", or pinned memory, in their own code.
+LITERAL_CUDA = (
+    "megatron.core.models.common.embeddings.rope_utils",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.transformer.utils",
+)
 
 
-_installed: _CudaMeansCpu | None = None
+class TorchOnCpu(ModuleType):
+    """torch as those modules see it: what they make on "cuda" or in pinned memory is made on the CPU.
+
+    Only they see it. A mode that looks at every call of torch in the process would do the same and cost a third of it.
+    """
+
+    MAKERS = ("ones", "tensor", "zeros")
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in self.MAKERS:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(maker: Callable) -> Callable:
+    @functools.wraps(maker)
+    def make(*args, device: Any = None, pin_memory: bool = False, **kwargs):
+        return maker(*args, device="cpu" if device == "cuda" else device, **kwargs)
+
+    return make
+
+
+_installed = False
 
 
 def install() -> None:
     """Make Megatron-Core build and run on the CPU of this process (and of those forked from it)."""
     global _installed
-    if _installed is not None:
+    if _installed:
         return
     if torch.cuda.is_available():
         raise RuntimeError("a GPU is present: the CPU substitutions are for machines without one")
@@ -143,5 +162,8 @@ def install() -> None:
         setattr(home, attribute, replacement)
     # Megatron compiles some of its small functions. Without a GPU that means a C++ compiler and ten seconds for each.
     torch.compiler.set_stance("force_eager")
-    _installed = _CudaMeansCpu()
-    _installed.__enter__()
+    on_cpu = TorchOnCpu()
+    for module in LITERAL_CUDA:
+        importlib.import_module(module).torch = on_cpu  # type: ignore[attr-defined]
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
+    _installed = True

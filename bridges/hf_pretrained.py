@@ -72,12 +72,7 @@ class PreTrainedCausalLM:
         file = path / "config.json"
         if not file.is_file():
             raise CheckpointError(f"{path} has no config.json: give a folder as save_pretrained writes it")
-        try:
-            raw = json.loads(file.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{file} is not JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{file} does not hold a JSON object")
+        raw = read_config(file)
         return cls(load_config(raw, path, is_safe_repo(hf_path, trust_remote_code)), raw, path)
 
     @cached_property
@@ -85,6 +80,17 @@ class PreTrainedCausalLM:
         if self.path is None:
             raise CheckpointError("this bridge was made from a config alone: it has no weights; give hf_path")
         return Checkpoint.open(self.path)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A config.json as it stands. CheckpointError when it is not one."""
+    try:
+        raw = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} does not hold a JSON object")
+    return raw
 
 
 def load_config(raw: dict[str, Any], path: Path, trusted: bool) -> PreTrainedConfig:

@@ -182,7 +182,7 @@ def check_complete(bench: Bench) -> Outcome:
 
     parameters = unsharded(bench, registry)
     alias = {"output_layer.weight": ""} if provider.share_embeddings_and_output_weights else {}
-    repeated = subject.auto_bridge.repeated_tensors(subject.source, provider)
+    repeated = subject.auto_bridge.repeated_tensors(subject.source, provider, registry)
     coverage = prove_layout(parameters, registry, shapes, provider, layout, repeated=repeated, alias=alias)
     faults += coverage.errors
     for rank, built in enumerate(bench.built):

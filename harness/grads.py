@@ -8,10 +8,8 @@ import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from bridges.conversion import box_view, current_layout, destinations, is_writer
-from bridges.cpu_backend import zigzag_positions
 from bridges.views import Box
 from harness import jobs
 from harness.checks import Bench, NotApplicable, Outcome, Subject
@@ -91,7 +89,7 @@ def backward(input_ids: np.ndarray, cotangent: np.ndarray) -> Blocks:
     each in the Hugging Face tensors. Parameters that need no gradient are left out. `cotangent`: of `cotangents`."""
     this = jobs.current()
     provider: Any = this.provider
-    layout, coords = current_layout(provider)
+    _, coords = current_layout(provider)
     tasks = this.bridge.get_conversion_tasks(this.chunks)
     wrapped: list[Any] = [
         DistributedDataParallel(provider, DistributedDataParallelConfig(), chunk) for chunk in this.chunks
@@ -101,41 +99,25 @@ def backward(input_ids: np.ndarray, cotangent: np.ndarray) -> Blocks:
     for chunk in wrapped:
         chunk.zero_grad_buffer()
 
-    ids = torch.from_numpy(input_ids).roll(-coords.dp, 0).to(jobs.device())
-    batch, length = ids.shape
-    positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp).to(jobs.device())
-    size = max(batch // layout.pp, 1)
-    tokens = ids[:, positions].split(size)
-    weights = torch.from_numpy(cotangent).to(jobs.device()).roll(-coords.dp, 1)[:, :, positions].split(size, dim=1)
-    position_ids = positions[None].expand(tokens[0].shape)
+    data = jobs.Microbatches.of(input_ids)
+    size = len(data.tokens[0])
+    whole = torch.from_numpy(cotangent).to(jobs.device()).roll(-coords.dp, 1)
+    weights = whole[:, :, data.positions].split(size, dim=1)
 
-    def step(iterator, model):
-        piece, weight = next(iterator)
-
-        def loss(logits):
-            start = coords.tp * logits.size(-1)
-            local = weight[..., start : start + logits.size(-1)]
-            made.pop()  # the main model's once more, and before them its heads'
-            heads = [one.transpose(0, 1) for one in made]
-            made.clear()
-            total = sum(
-                (one[..., : local.size(-1)] * part).sum() for one, part in zip([logits, *heads], local, strict=True)
-            )
-            # The schedule averages over microbatches; this is a sum.
-            return total * len(tokens), {}
-
-        return model(piece, position_ids, None), loss
+    def step(logits, n):
+        start = coords.tp * logits.size(-1)
+        local = weights[n][..., start : start + logits.size(-1)]
+        made.pop()  # the main model's once more, and before them its heads'
+        heads = [one.transpose(0, 1) for one in made]
+        made.clear()
+        total = sum(
+            (one[..., : local.size(-1)] * part).sum() for one, part in zip([logits, *heads], local, strict=True)
+        )
+        # The schedule averages over microbatches; this is a sum.
+        return total * len(data.tokens), {}
 
     with jobs.recorded_heads(this.chunks) as made:
-        get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=[iter(list(zip(tokens, weights, strict=True))) for _ in wrapped],
-            model=wrapped,
-            num_microbatches=len(tokens),
-            seq_length=length,
-            micro_batch_size=tokens[0].shape[0],
-            forward_only=False,
-        )
+        data.run(wrapped, step, forward_only=False)
     pieces, boxes = [torch.empty(0, device=jobs.device())], []
     for task in tasks:
         if task.tensor.requires_grad and is_writer(task, coords):

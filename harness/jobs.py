@@ -5,9 +5,10 @@ The model of the current cell stays in the rank between the jobs of a cell (buil
 
 from __future__ import annotations
 
+import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,6 +95,11 @@ def build(folder: str, layout: Layout, bridge_key: str | None = None, dtype: tor
     provider.perform_initialization = False
     if dtype is not None:
         provider.params_dtype, provider.bf16 = dtype, dtype == torch.bfloat16
+    deterministic = provider.params_dtype == torch.float32 and bool(provider.experimental_attention_variant)
+    provider.deterministic_mode = deterministic  # Megatron's plain PyTorch: fla's kernels are made for 16 bits
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = str(
+        int(not deterministic)
+    )  # and Transformer Engine wants to be told
     provider.apply_layout(layout).finalize()
     ensure_process_groups(provider, layout)
     chunks = provider.provide_distributed_model(wrap_with_ddp=False)
@@ -184,43 +190,62 @@ def recorded_heads(chunks) -> Iterator[list[torch.Tensor]]:
             handle.remove()
 
 
+@dataclass(frozen=True)
+class Microbatches:
+    """This rank's part of the sequences, as many microbatches as stages: `tokens` [sequences, local sequence] of each.
+
+    Each data-parallel rank takes the sequences in another order, so that ranks that exchange tokens do not hold the same
+    ones.
+    """
+
+    layout: Layout
+    coords: Any
+    length: int
+    positions: torch.Tensor  # [local sequence]
+    tokens: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, input_ids: np.ndarray) -> Microbatches:
+        """Of [batch, sequence]. ValueError for a sequence that cannot be cut for the layout."""
+        layout, coords = current_layout(current().provider)
+        batch, length = input_ids.shape
+        if length % (layout.cp * 2 if layout.cp > 1 else 1) or (length // layout.cp) % (layout.tp if layout.sp else 1):
+            raise ValueError(f"{length} tokens cannot be cut for cp={layout.cp}, tp={layout.tp} with sp={layout.sp}")
+        positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp).to(device())
+        ids = torch.from_numpy(input_ids).roll(-coords.dp, 0).to(device())
+        return cls(layout, coords, length, positions, list(ids[:, positions].split(max(batch // layout.pp, 1))))
+
+    def run(self, chunks: Sequence, step: Callable[[torch.Tensor, int], Any], **options: Any) -> None:
+        """Megatron's own schedule; `step(output of the last stage, number of the microbatch)` says what it is given."""
+        position_ids = self.positions[None].expand(self.tokens[0].shape)
+
+        def forward_step(numbers, model):
+            n = next(numbers)
+            return model(self.tokens[n], position_ids, None), lambda output, *rest, **_: step(output, n)
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(range(len(self.tokens))) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(self.tokens),
+            seq_length=self.length,
+            micro_batch_size=self.tokens[0].shape[0],
+            **options,
+        )
+
+
 def forward(input_ids: np.ndarray) -> tuple[Any, np.ndarray | None]:
     """(coordinates, logits [1 + heads, batch, local sequence, local vocabulary] of a rank on the last stage, else None):
-    the main model's first, then those of its heads of multi-token prediction.
-
-    Runs Megatron's own schedule with as many microbatches as stages; each data-parallel rank takes the sequences in
-    another order, so that ranks that exchange tokens do not hold the same ones.
-    """
-    this = current()
-    layout, coords = current_layout(this.provider)
-    ids = torch.from_numpy(input_ids).roll(-coords.dp, 0).to(device())
-    batch, length = ids.shape
-    if length % (layout.cp * 2 if layout.cp > 1 else 1) or (length // layout.cp) % (layout.tp if layout.sp else 1):
-        raise ValueError(f"{length} tokens cannot be cut for cp={layout.cp}, tp={layout.tp} with sp={layout.sp}")
-    positions = zigzag_positions(length // layout.cp, coords.cp, layout.cp).to(device())
-    microbatches = list(ids[:, positions].split(max(batch // layout.pp, 1)))
-    position_ids = positions[None].expand(microbatches[0].shape)
-
-    def step(iterator, model):
-        return model(next(iterator), position_ids, None), lambda output, non_loss_data: output
-
-    with torch.no_grad(), recorded_heads(this.chunks) as made:
-        get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=[iter(microbatches) for _ in this.chunks],
-            model=this.chunks,
-            num_microbatches=len(microbatches),
-            seq_length=length,
-            micro_batch_size=microbatches[0].shape[0],
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    if coords.pp != layout.pp - 1:
-        return coords, None
-    heads = len(made) // len(microbatches)
+    the main model's first, then those of its heads of multi-token prediction."""
+    chunks, data = current().chunks, Microbatches.of(input_ids)
+    with torch.no_grad(), recorded_heads(chunks) as made:
+        data.run(chunks, lambda output, n: output, forward_only=True, collect_non_loss_data=True)
+    if data.coords.pp != data.layout.pp - 1:
+        return data.coords, None
+    heads = len(made) // len(data.tokens)
     order = [heads - 1, *range(heads - 1)]
     whole = torch.stack([torch.cat(made[h::heads], dim=1).transpose(0, 1).float() for h in order])
-    return coords, whole.roll(coords.dp, 1).cpu().numpy()
+    return data.coords, whole.roll(data.coords.dp, 1).cpu().numpy()
 
 
 def export(folder: str) -> None:

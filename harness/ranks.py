@@ -129,6 +129,7 @@ def _serve(rank: int, world_size: int, connection: Connection, folder: Path) -> 
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     torch.set_num_threads(1)
     if torch.cuda.is_available():
+        _first_configurations()
         from harness.sweep import quiet
 
         quiet()
@@ -151,6 +152,19 @@ def _serve(rank: int, world_size: int, connection: Connection, folder: Path) -> 
             connection.send(answer)
         except Exception as error:  # an answer that does not pickle
             connection.send((False, (f"{type(error).__name__}: {error}", traceback.format_exc())))
+
+
+def _first_configurations() -> None:
+    """Triton kernels take the first of their configurations. To find the fastest, flash-linear-attention compiles a hundred,
+    which takes minutes; parity does not ask for it."""
+    from triton.runtime.autotuner import Autotuner
+
+    make = Autotuner.__init__
+
+    def first(self, fn, arg_names, configs, *args, **kwargs):
+        make(self, fn, arg_names, configs[:1], *args, **kwargs)
+
+    Autotuner.__init__ = first  # before anybody imports a kernel
 
 
 def _join_world(rank: int, world_size: int, folder: Path) -> None:

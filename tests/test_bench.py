@@ -26,6 +26,7 @@ from harness.bench.cases import CASES, CONVERSION, MODELS
 from harness.bench.ledger import LedgerError
 from harness.bench.published import PUBLISHED
 from harness.bench.subject import Machine, Subject, build, selected
+from harness.compare import relative_rms
 
 ROOT = Path(__file__).parents[1]
 CPU = Machine(torch.device("cpu"), toy=True, fused=False)
@@ -412,7 +413,7 @@ import sys
 for name in ("typer", "rich", "matplotlib"):
     sys.modules[name] = None  # not there on the GPU machine
 import pytest, time
-common = ["benchmarks", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-min-rounds=1"]
+common = ["benchmarks", "-q", "-p", "no:cacheprovider", "--benchmark-min-rounds=1"]
 first = pytest.main([*common, "-k", "mlp"])
 began = time.process_time()
 second = pytest.main([*common, "--ledger", sys.argv[1], "--label", "here"])
@@ -427,7 +428,10 @@ def test_the_cpu_cases_run(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(tmp_path)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        },
         capture_output=True,
         text=True,
         timeout=400,
@@ -505,3 +509,34 @@ def test_plot_draws_a_picture(two_runs, tmp_path, monkeypatch, capsys, kind):
     bare = copy.deepcopy(record(0, tflops=None))
     path = ledger.append(tmp_path / "bare", bare)
     assert goldengate(monkeypatch, "bench", "plot", path, "--out", out) == 2
+
+
+def loss_and_gradients(model, fused: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """On a rank: the losses [batch, sequence] of a toy model in fp32 on a GPU, and the gradients of their sum."""
+    jobs.use_layout(Layout())
+    torch.manual_seed(0)
+    built = build(model, Machine(torch.device("cuda"), toy=True, fused=fused))
+    chunk = built.chunk
+    generator = torch.Generator("cuda").manual_seed(1)
+    for parameter in chunk.parameters():
+        parameter.data.normal_(std=0.1, generator=generator)
+    tokens, labels = torch.randint(built.provider.vocab_size, (2, model.batch, 64), generator=generator, device="cuda")
+    positions = torch.arange(64, device="cuda")[None].expand(model.batch, -1)
+    loss = chunk(tokens, positions, None, labels=labels)
+    loss.sum().backward()
+    gradients = {name: p.grad.cpu() for name, p in chunk.named_parameters() if p.grad is not None}
+    return loss.detach().cpu(), gradients
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", [m for m in MODELS if m.name != "gdn"], ids=lambda model: model.name)
+def test_fused_kernels_change_no_result(model, ranks):
+    """Losses and every gradient in fp32. The fields of gdn are those of moe."""
+    if not torch.cuda.is_available():
+        pytest.skip("fused kernels are a GPU's")
+    [(loss, gradients)] = ranks.run(1, loss_and_gradients, model, False)
+    [(fused, theirs)] = ranks.run(1, loss_and_gradients, model, True)
+    assert torch.isfinite(loss).all()
+    assert relative_rms(fused, loss) <= 1e-5
+    assert gradients.keys() == theirs.keys()
+    assert max(relative_rms(theirs[name], gradients[name]) for name in gradients) <= 1e-4

@@ -98,6 +98,29 @@ def test_every_torch_function_replaced_is_torchs_and_megatrons():
         assert f"{replaced[name]}.{name}" in calls, f"{module}.{function} no longer calls {replaced[name]}.{name}"
 
 
+def makers_of_cuda(module: str) -> set[str]:
+    """Functions of torch that the module calls with the literal device "cuda" or with pinned memory."""
+    calls = [node for node in ast.walk(source(module)) if isinstance(node, ast.Call)]
+    names = [
+        ast.unparse(call.func)
+        for call in calls
+        if {ast.unparse(word) for word in call.keywords} & {"device='cuda'", "pin_memory=True"}
+    ]
+    return {name.removeprefix("torch.") for name in names if name.startswith("torch.")}
+
+
+@pytest.mark.parametrize("module", cpu_substitutions.LITERAL_CUDA)
+def test_modules_that_see_another_torch_need_it(module):
+    """They still name the device, and in functions that are replaced."""
+    made = makers_of_cuda(module)
+    assert made, f"{module} names no device any more: take it off the list"
+    assert made <= set(cpu_substitutions.TorchOnCpu.MAKERS)
+
+
+def test_a_module_that_names_no_device_is_told():
+    assert not makers_of_cuda("megatron.core.models.gpt.gpt_model")
+
+
 def looked_up(module: str, name: str) -> bool:
     """Does a function read `name` from the module's globals, or import it from the module when it runs?"""
     for function in functions(source(module)).values():
@@ -134,21 +157,24 @@ def test_looked_up_tells_a_symbol_that_nobody_reads():
 
 
 def replaced_now() -> list:
-    return [getattr(torch.cuda, name) for name in cpu_substitutions.TORCH_CUDA] + [
-        getattr(torch.distributed, name) for name in cpu_substitutions.TORCH_DISTRIBUTED
-    ]
+    return (
+        [getattr(torch.cuda, name) for name in cpu_substitutions.TORCH_CUDA]
+        + [getattr(torch.distributed, name) for name in cpu_substitutions.TORCH_DISTRIBUTED]
+        + [importlib.import_module(module).torch for module in cpu_substitutions.LITERAL_CUDA]
+        + [torch.Tensor.cuda]
+    )
 
 
 def test_install_refuses_where_there_is_a_gpu(monkeypatch):
     """It says so and replaces nothing."""
-    monkeypatch.setattr(cpu_substitutions, "_installed", None)
+    monkeypatch.setattr(cpu_substitutions, "_installed", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(cpu_substitutions.TORCH_CUDA, "set_device", lambda device: "another")
     before = replaced_now()
     with pytest.raises(RuntimeError, match="a GPU is present"):
         cpu_substitutions.install()
     assert all(a is b for a, b in zip(replaced_now(), before, strict=True))
-    assert cpu_substitutions._installed is None
+    assert not cpu_substitutions._installed
 
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the substitutions refuse where there is a GPU")
@@ -156,20 +182,17 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the substit
 
 @needs_no_gpu
 def test_install_is_idempotent():
-    """The second time does nothing: the same functions, one torch-function mode."""
+    """The second time does nothing: the same functions."""
     cpu_substitutions.install()
-    before, mode = replaced_now(), cpu_substitutions._installed
-    depth = len(torch.overrides._get_current_function_mode_stack())
+    before = replaced_now()
     cpu_substitutions.install()
     assert all(a is b for a, b in zip(replaced_now(), before, strict=True))
-    assert cpu_substitutions._installed is mode is not None
-    assert len(torch.overrides._get_current_function_mode_stack()) == depth
 
 
 @needs_no_gpu
 def test_install_says_which_symbol_is_gone(monkeypatch):
     """As it would with another megatron-core."""
-    monkeypatch.setattr(cpu_substitutions, "_installed", None)
+    monkeypatch.setattr(cpu_substitutions, "_installed", False)
     monkeypatch.setattr(
         cpu_substitutions, "_megatron_symbols", lambda: {("megatron.core.utils", "no_such_thing"): None}
     )
@@ -179,12 +202,17 @@ def test_install_says_which_symbol_is_gone(monkeypatch):
 
 @needs_no_gpu
 def test_installed_cuda_means_cpu():
-    """Devices named cuda, .cuda() and pinned memory give plain CPU tensors; streams and events do nothing."""
+    """Where Megatron names it: devices named cuda, .cuda() and pinned memory give plain CPU tensors; streams and events do
+    nothing. Elsewhere torch is as it was."""
     cpu_substitutions.install()
-    tensor = torch.zeros(2, device="cuda", pin_memory=True)
+    theirs = importlib.import_module(cpu_substitutions.LITERAL_CUDA[0]).torch
+    tensor = theirs.zeros(2, device="cuda", pin_memory=True)
     assert tensor.device.type == "cpu"
-    assert torch.arange(3, device=torch.device("cuda", 0)).device.type == "cpu"
+    assert theirs.tensor([1], device="meta").device.type == "meta"
+    assert theirs.Tensor is torch.Tensor
     assert tensor.cuda(non_blocking=True) is tensor
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.zeros(2, device="cuda")
     assert torch.cuda.current_device() == torch.device("cpu")
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.current_stream().wait_event(torch.cuda.Event())

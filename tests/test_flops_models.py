@@ -5,8 +5,6 @@ Megatron-Bridge model cards (H100, bf16). Their calculator leaves the router out
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -170,19 +168,6 @@ def test_a_bad_config_file_is_an_error_that_names_it(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_provider(str(tmp_path))
-
-
-def test_the_command_as_a_process(tmp_path):
-    """Exit code 2 and nothing on standard output."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "harness.cli", "flops", str(tmp_path), "--json", "-"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert ended.returncode == 2
-    assert ended.stdout == ""
-    assert "neither a row" in ended.stderr
 
 
 def test_numbers_are_short():

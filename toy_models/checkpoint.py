@@ -74,7 +74,7 @@ def load(row: str, folder: str | Path, **options) -> tuple[PreTrainedModel, dict
     folder = Path(folder)
     options = {"output_loading_info": True, "attn_implementation": "eager", **options}
     spec, reference = mtp_spec(row), reference_of(row)
-    like: Any = build(row)
+    like: Any = build(row) if spec or reference else None
     if reference is None:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     else:

@@ -22,8 +22,8 @@ HEAD = ("mtp_head", "mtp_head_padding")
 class Model:
     """A model of few layers: a published config.json with changes, the same at toy dims, fields of the provider.
 
-    `fused`: provider fields for GPU kernels that training recipes use. They change no result that the parity checks see
-    beyond rounding, and are off on a CPU and with `--unfused`.
+    `fused`: provider fields for GPU kernels that training recipes use, off on a CPU and with `--unfused`. They change no
+    result beyond rounding, which tests/test_bench.py holds on a GPU.
     """
 
     name: str
@@ -70,22 +70,26 @@ _TOY_LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
-_FUSED = {"bias_activation_fusion": True, "cross_entropy_loss_fusion": True}
-_FUSED_ROPE = _FUSED | {"apply_rope_fusion": True}
+_FUSED = {
+    "bias_activation_fusion": True,
+    "cross_entropy_loss_fusion": True,
+    "cross_entropy_fusion_impl": "te",
+    "apply_rope_fusion": True,
+}
 
 _TOY_HEADS = {"head_dim": 16}
 
-DENSE = Model("dense", "Qwen3-8B", {"num_hidden_layers": 4}, _TOY_HEADS, batch=2, fused=_FUSED_ROPE)
+DENSE = Model("dense", "Qwen3-8B", {"num_hidden_layers": 4}, _TOY_HEADS, batch=2, fused=_FUSED)
 MOE = Model(
     "moe",
     "Qwen3-30B-A3B",
     {"num_hidden_layers": 4},
     {**_TOY_HEADS, **_TOY_EXPERTS, "num_experts": 8},
     batch=2,
-    fused=_FUSED_ROPE | {"moe_permute_fusion": True},
+    fused=_FUSED | {"moe_permute_fusion": True},
 )
 # A layer of DeepSeek-V3's experts takes 23 GB, and as much for its gradients: these are its dense layers, of which it has
-# three. Its yarn is fused by no kernel that we compare with.
+# three.
 MLA = Model(
     "mla",
     "DeepSeek-V3",
@@ -117,7 +121,7 @@ GDN = Model(
         "linear_num_value_heads": 4,
     },
     batch=2,
-    fused=_FUSED_ROPE | {"moe_permute_fusion": True},
+    fused=_FUSED | {"moe_permute_fusion": True},
 )
 MODELS = (DENSE, MOE, MLA, MTP, GDN)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import toy_models
 from bridges import AutoBridge
-from bridges.hf_pretrained import PreTrainedCausalLM, load_config
+from bridges.hf_pretrained import PreTrainedCausalLM, load_config, read_config
 from harness.flops.fields import FlopsError
 from harness.flops.run import Flops, Run
 
@@ -17,8 +16,8 @@ NOT_COMPUTATION = ("quantization_config", "compression_config")
 
 
 def load_provider(source: str) -> Any:
-    """A finalized provider. FlopsError for a source that is no row, no config.json and no folder with one; ConfigError for a
-    config that no bridge knows."""
+    """A finalized provider. FlopsError for a source that is no row, no config.json and no folder with one; CheckpointError
+    for a file that holds no JSON object, ConfigError for a config that no bridge knows."""
     if source in toy_models.rows():
         raw, path = toy_models.config_dict(source), Path(source)
     else:
@@ -28,12 +27,7 @@ def load_provider(source: str) -> Any:
             raise FlopsError(
                 f"{source} is neither a row (goldengate families lists them) nor a config.json nor a folder with one"
             )
-        try:
-            raw = json.loads(file.read_text())
-        except ValueError as error:
-            raise FlopsError(f"{file} is not JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise FlopsError(f"{file} does not hold a JSON object")
+        raw = read_config(file)
     raw = {key: value for key, value in raw.items() if key not in NOT_COMPUTATION}
     bridge = AutoBridge(PreTrainedCausalLM(load_config(raw, path, trusted=False), raw))
     return bridge.to_megatron_provider(load_weights=False).finalize()
