@@ -20,6 +20,7 @@ def _words(values):
     return [word for value in values for word in value.split(",") if word]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """Tests share the cores; what measures time, or a GPU, runs alone."""
     alone = config.getoption("--run-gpu") or any("benchmarks" in Path(word).parts for word in config.args)
