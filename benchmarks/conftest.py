@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+CAUSES = pytest.StashKey[dict]()
+
 
 def pytest_addoption(parser):
     group = parser.getgroup("goldengate benchmarks")
@@ -18,6 +20,7 @@ def pytest_addoption(parser):
     group.addoption("--label", help="a word for this run, to compare and plot by")
     group.addoption("--commit", help="the commit that runs, where the tree has no .git")
     group.addoption("--unfused", action="store_true", help="without the fused kernels of the GPU cases")
+    group.addoption("--causes", action="store_true", help="say where a GPU's time went, by kind of kernel")
 
 
 @pytest.fixture(scope="session")
@@ -112,8 +115,21 @@ def keep(request, surroundings, benchmark):
     return keep
 
 
+@pytest.fixture
+def explain(request):
+    """Keeps the causes of a case for the summary, where they were asked for."""
+    if not request.config.getoption("--causes"):
+        return None
+    found = request.config.stash.setdefault(CAUSES, {})
+    return lambda causes: found.update({request.node.callspec.id: causes})
+
+
 def pytest_terminal_summary(terminalreporter):
     """A line a case: pytest-benchmark's own table knows time alone."""
+    if found := terminalreporter.config.stash.get(CAUSES, {}):
+        terminalreporter.section("where the time of a step goes")
+        for case, causes in found.items():
+            terminalreporter.write_line(f"{case:32} {causes.line()}")
     lines = []
     session = getattr(terminalreporter.config, "_benchmarksession", None)
     for bench in session.benchmarks if session else ():

@@ -7,10 +7,10 @@ from harness.bench.run import ForwardOnly, measure
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_step(case, machine, models, ceiling, fresh_memory, benchmark, keep):
+def test_step(case, machine, models, ceiling, fresh_memory, benchmark, keep, explain):
     """Forward, or forward and backward."""
     try:
-        result = measure(case, models(case.model), ceiling, benchmark.pedantic)
+        result = measure(case, models(case.model), ceiling, benchmark.pedantic, explain)
     except ForwardOnly as reason:
         pytest.skip(f"forward only: {reason}")
     keep(result)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,9 @@ import toy_models
 from bridges import AutoBridge, Layout, LayoutError, MegatronModelBridge
 from bridges.checkpoint import Checkpoint, same_bytes, source_digest
 from bridges.cpu_backend import zigzag_positions
-from bridges.plan import Parameter, local_shape, prove_layout, shard_of
-from harness import goldens, jobs
+from harness import goldens, jobs, training
 from harness.compare import compare, relative_rms
+from harness.gradients import cotangents
 from harness.localise import first_difference, hf_activations
 from harness.ranks import Ranks
 
@@ -89,15 +89,22 @@ class Subject:
     def reference(self) -> PreTrainedModel:
         return toy_models.build(self.row)
 
+    @cached_property
+    def cotangent(self) -> torch.Tensor:
+        """The gradients of the logits that every backward starts from."""
+        return cotangents(self.row, [self.golden.logits, *self.golden.mtp_logits])
+
 
 @dataclass
 class Bench:
-    """A subject in a layout. `build` comes first; the checks then use what it returned."""
+    """A subject in a layout. `build` comes first; the checks then use what it returned. `checks`: those that are to run, so
+    that one forward serves several."""
 
     subject: Subject
     layout: Layout
     ranks: Ranks
     scratch: Path
+    checks: Collection[str] = ()
     built: list[jobs.Built] = field(default_factory=list)
     exported: Path | None = None
 
@@ -119,6 +126,26 @@ class Bench:
         self.ranks.use_for(self.layout)
         _ = self.subject.source_sha  # taken before anything can touch the source
         self.built = self.run(jobs.build, str(self.subject.source.path), self.layout, self.subject.bridge_key)
+
+    @property
+    def no_training(self) -> str:
+        """Why Megatron does not train the model in this layout; empty where it does."""
+        provider = self.subject.auto_bridge.to_megatron_provider(load_weights=False)
+        if provider.num_moe_experts and self.layout.tp > 1 and not self.layout.sp:
+            return "Megatron-Core refuses to train experts under tensor parallelism without sequence parallelism"
+        return ""
+
+    @cached_property
+    def trained(self) -> list[training.Trained]:
+        """A training step on every rank."""
+        subject = self.subject
+        return self.run(training.backward, subject.golden.inputs.numpy(), subject.cotangent.numpy())
+
+    def forward(self) -> list[tuple[Any, np.ndarray | None]]:
+        """(coordinates, logits) of every rank: of the training step where gradients are asked for too."""
+        if "grads" in self.checks and not self.no_training:
+            return [(one.coords, one.logits) for one in self.trained]
+        return self.run(jobs.forward, self.subject.golden.inputs.numpy())
 
     def export(self) -> Path:
         if self.exported is None:
@@ -166,84 +193,6 @@ def check_config(bench: Bench) -> Outcome:
 def _logits(model, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(ids, use_cache=False).logits
-
-
-# -- complete --------------------------------------------------------------------------------------------------------
-
-
-def check_complete(bench: Bench) -> Outcome:
-    """Every HF tensor and every Megatron parameter and buffer exactly once: the proof on metadata for the layout, the
-    real ranks' names and shapes against the pure functions, and no NaN left of the poison."""
-    subject, layout = bench.subject, bench.layout
-    registry = subject.auto_bridge.mapping_registry(subject.source)
-    provider = subject.auto_bridge.to_megatron_provider(load_weights=False).apply_layout(layout)
-    shapes = {name: info.shape for name, info in subject.source.tensors.items()}
-    faults: list[str] = []
-
-    parameters = unsharded(bench, registry)
-    alias = {"output_layer.weight": ""} if provider.share_embeddings_and_output_weights else {}
-    repeated = subject.auto_bridge.repeated_tensors(subject.source, provider, registry)
-    coverage = prove_layout(parameters, registry, shapes, provider, layout, repeated=repeated, alias=alias)
-    faults += coverage.errors
-    for rank, built in enumerate(bench.built):
-        expected = expected_on(rank, parameters, registry, provider, layout)
-        actual = {name: shape for name, shape, _ in built.parameters}
-        for name in sorted({*expected, *actual}):
-            if expected.get(name) != actual.get(name):
-                faults.append(f"rank {rank}: {name} is {actual.get(name)}, by layout it should be {expected.get(name)}")
-        faults += [f"rank {rank}: {name} was not written by the import" for name in built.unwritten]
-    detail = "; ".join(faults[:4]) + (f" (and {len(faults) - 4} more)" if len(faults) > 4 else "")
-    counted = (
-        f"{coverage.hf_tensors} tensors, {coverage.hf_elements} elements once each; "
-        f"{sum(len(b.parameters) for b in bench.built)} parameters on {layout.world_size} ranks"
-    )
-    return Outcome(not faults and coverage.ok, len(faults), 0, "faults", detail or counted)
-
-
-def unsharded(bench: Bench, registry) -> list[Parameter]:
-    """The parameters of the whole model, put together from what the ranks hold."""
-    whole: dict[str, tuple[int, ...]] = {}
-    for built in bench.built:
-        for name, shape, _ in built.parameters:
-            lookup = "embedding.word_embeddings.weight" if name == "output_layer.weight" else name
-            mapping, _ = registry.megatron_to_hf_lookup(lookup)
-            size = shard_of(mapping, bench.layout, built.coords).size
-            dim = 1 if mapping.sharding == "row" else 0
-            whole[name] = tuple(s * size if d == dim else s for d, s in enumerate(shape))
-    return [Parameter(name, shape) for name, shape in whole.items()]
-
-
-def expected_on(rank: int, parameters, registry, provider, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """What the pure functions say this rank holds: {parameter: local shape}."""
-    coords = layout.coords(rank)
-    chunks = layout.chunk_layers(provider.num_layers)
-    mine = {layer for c, layers in enumerate(chunks) if c % layout.pp == coords.pp for layer in layers}
-    first, last = coords.pp == 0, coords.pp == layout.pp - 1
-    tied, heads = provider.share_embeddings_and_output_weights, bool(provider.mtp_num_layers)
-    experts = layout.experts(coords.ep, provider.num_moe_experts) if provider.num_moe_experts else range(0)
-    held = {}
-    for parameter in parameters:
-        head, _, tail = parameter.name.partition(".")
-        if head == "embedding":
-            here = first or (last and heads)  # the heads of multi-token prediction look tokens up themselves
-        elif head == "output_layer":
-            here = last and not (tied and (first or heads))
-        elif head == "mtp":
-            here = last
-        elif tail.startswith("layers."):
-            here = int(tail.split(".")[1]) in mine
-        elif heads:  # then the final norm is where the last decoder layer is
-            here = provider.num_layers - 1 in mine
-        else:
-            here = last
-        lookup = "embedding.word_embeddings.weight" if head == "output_layer" else parameter.name
-        mapping, _ = registry.megatron_to_hf_lookup(lookup)
-        if here and mapping.is_expert:
-            number = parameter.name[len(parameter.name.rstrip("0123456789")) :]
-            here = int(number) in experts
-        if here:
-            held[parameter.name] = local_shape(mapping, parameter.shape, shard_of(mapping, layout, coords).size)
-    return held
 
 
 # -- roundtrip -------------------------------------------------------------------------------------------------------
@@ -298,9 +247,7 @@ def check_logits(bench: Bench) -> Outcome:
     bench.check_fp32_attention()
     golden = bench.subject.golden
     expected = [golden.logits, *golden.mtp_logits]
-    replicas = assemble(
-        bench.run(jobs.forward, golden.inputs.numpy()), bench.layout, (len(expected), *golden.logits.shape)
-    )
+    replicas = assemble(bench.forward(), bench.layout, (len(expected), *golden.logits.shape))
     # Head k has seen k tokens more: the last k places have no token to see.
     results = [
         (compare(torch.from_numpy(replica[k][:, : want.shape[1]]), want, golden.gate), k)
@@ -340,15 +287,16 @@ def localise(bench: Bench) -> str:
     """Which module is the first that differs from Hugging Face, in this layout."""
     subject = bench.subject
     expected = hf_activations(subject.reference, subject.golden.inputs)
-    return first_difference(expected, gathered(bench, jobs.activations), subject.golden.gate)
+    return first_difference(
+        expected, gathered(bench, jobs.activations, subject.golden.inputs.numpy()), subject.golden.gate
+    )
 
 
-def gathered(bench: Bench, job: Callable[[np.ndarray], jobs.Recorded]) -> dict[str, np.ndarray]:
+def gathered(bench: Bench, job: Callable[[np.ndarray], jobs.Recorded], inputs: np.ndarray) -> dict[str, np.ndarray]:
     """What ranks recorded of modules, put together: {module: [batch, sequence, width]}."""
-    layout, inputs = bench.layout, bench.subject.golden.inputs
-    length = inputs.shape[1]
+    layout, length = bench.layout, inputs.shape[1]
     whole: dict[str, np.ndarray] = {}
-    for coords, found in bench.run(job, inputs.numpy()):
+    for coords, found in bench.run(job, inputs):
         if coords.dp:
             continue
         for name, local in found.items():
@@ -392,7 +340,6 @@ def _reload(subject: Subject, folder: Path) -> Outcome:
 
 FUNCTIONS: dict[str, Callable[[Bench], Outcome]] = {
     "config": check_config,
-    "complete": check_complete,
     "roundtrip": check_roundtrip,
     "logits": check_logits,
     "reload": check_reload,

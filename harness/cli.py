@@ -83,12 +83,15 @@ def verify(
     ] = None,
     json_file: JsonOption = None,
     html: Annotated[str | None, typer.Option(help="Write the report as one static page.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="That share the rows; as many as there are cores by default.")
+    ] = None,
 ) -> None:
     """Check rows in layouts, on this machine, with Megatron-Core's own models and collectives."""
     from rich.console import Console
 
     import toy_models
-    from harness import goldens
+    from harness import goldens, workers
     from harness.report import ProgressPrinter, print_table
     from harness.sweep import verify_rows
 
@@ -105,6 +108,7 @@ def verify(
             checks=_words(checks) or None,
             started=progress.start,
             cell=progress.cell,
+            processes=processes or workers.available(),
         )
     if json_file:
         report.save_json(json_file)

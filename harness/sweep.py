@@ -19,9 +19,10 @@ import torch
 import toy_models
 from bridges import Layout, LayoutError, MegatronModelBridge, cpu_substitutions
 from harness import checks as basic
-from harness import jobs, layouts
+from harness import jobs, layouts, workers
 from harness.bf16 import check_bf16
 from harness.checks import CHECKS, Bench, NotApplicable, Outcome, Subject
+from harness.complete import check_complete
 from harness.flops.proof import check_flops
 from harness.grads import check_grads
 from harness.ranks import RankError, Ranks
@@ -30,6 +31,7 @@ from harness.report import Cell, Report
 # `flops` and `bf16` run when they are asked for: tests do, on the CPU the one, on a GPU the other.
 FUNCTIONS: dict[str, Callable[[Bench], Outcome]] = {
     **basic.FUNCTIONS,
+    "complete": check_complete,
     "grads": check_grads,
     "flops": check_flops,
     "bf16": check_bf16,
@@ -61,8 +63,10 @@ def verify_rows(
     started: Callable[[int], None] = lambda total: None,
     cell: Callable[[Cell], None] = lambda cell: None,
     ranks: Ranks | None = None,
+    processes: int = 1,
 ) -> Report:
-    """Check rows in layouts. Layout by layout, so that process groups are made once for all rows.
+    """Check rows in layouts. Layout by layout, so that process groups are made once for all rows. `processes` share the rows
+    on a CPU; ranks on GPUs take turns.
 
     Raises ValueError for an unknown row, check or layout, and for a golden that is missing or stale.
     """
@@ -76,17 +80,50 @@ def verify_rows(
             "with a GPU ranks are new processes, which know registered bridges alone: register the bridge, or hide the "
             "GPUs (CUDA_VISIBLE_DEVICES=) and try it out on the CPU"
         )
+    chosen = {row: layouts_of(row, which) for row in rows}
+    order = list(dict.fromkeys(layout for found in chosen.values() for layout in found))
+    order.sort(key=lambda layout: (layout.world_size, layout.pp, layout.ep))
     quiet()
     if not torch.cuda.is_available():
         cpu_substitutions.install()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the ranks need the cores, and a forked pool of threads would hang
+    started(sum(map(len, chosen.values())))
+
+    def share(rows: Sequence[str], cell: Callable[[Cell], None]) -> list[Cell]:
+        return _cells(rows, chosen, order, wanted, bridge=bridge, folder=folder, cell=cell, ranks=ranks)
+
+    try:
+        alone = min(processes, len(rows)) < 2 or ranks is not None or torch.cuda.is_available()
+        cells = share(rows, cell) if alone else workers.run(share, rows, order, processes, cell)
+    finally:
+        torch.set_num_threads(threads)
+    return Report(
+        rows=[describe(row, chosen[row]) for row in rows],
+        cells=cells,
+        environment=environment(),
+        seconds=time.perf_counter() - begin,
+        speed=speed(cells),
+    )
+
+
+def _cells(
+    rows: Sequence[str],
+    chosen: dict[str, list[Layout]],
+    order: Sequence[Layout],
+    wanted: Sequence[str],
+    *,
+    bridge: type[MegatronModelBridge] | None,
+    folder: str | Path | None,
+    cell: Callable[[Cell], None],
+    ranks: Ranks | None,
+) -> list[Cell]:
+    """The cells of `verify_rows`, in this process."""
     own_ranks = ranks is None or bridge is not None  # a bridge under test reaches the ranks by being there at the fork
     ranks = Ranks() if own_ranks else ranks
     assert ranks is not None
     scratch = Path(tempfile.mkdtemp(prefix="goldengate-"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the ranks need the cores, and a forked pool of threads would hang
     cells: list[Cell] = []
-    seconds: dict[int, list[float]] = {}
     try:
         subjects = {}
         for row in rows:
@@ -96,36 +133,24 @@ def verify_rows(
             if subject.bridge_key and bridge:
                 jobs.INHERITED_BRIDGES[subject.bridge_key] = bridge
             subjects[row] = subject
-        chosen = {row: layouts_of(row, which) for row in rows}
-        order = list(dict.fromkeys(layout for found in chosen.values() for layout in found))
-        order.sort(key=lambda layout: (layout.world_size, layout.pp, layout.ep))
-        started(sum(map(len, chosen.values())))
         for layout in order:
             for row in rows:
                 if layout in chosen[row]:
                     first = not any(c.row == row for c in cells)
                     todo = [c for c in wanted if c != "config" or first]
-                    found, took = run_cells(Bench(subjects[row], layout, ranks, scratch), todo)
-                    seconds.setdefault(layout.world_size, []).append(took)
+                    found = run_cells(Bench(subjects[row], layout, ranks, scratch, todo), todo)
                     cells += found
                     for one in found:
                         cell(one)
     finally:
         if own_ranks:
             ranks.close()
-        torch.set_num_threads(threads)
         shutil.rmtree(scratch, ignore_errors=True)
-    return Report(
-        rows=[describe(row, chosen[row]) for row in rows],
-        cells=cells,
-        environment=environment(),
-        seconds=time.perf_counter() - begin,
-        speed=speed(cells, seconds),
-    )
+    return cells
 
 
-def run_cells(bench: Bench, checks: Sequence[str]) -> tuple[list[Cell], float]:
-    """The cells of a row in a layout, and the seconds all of them took."""
+def run_cells(bench: Bench, checks: Sequence[str]) -> list[Cell]:
+    """The cells of a row in a layout."""
     row, layout = bench.subject.row, str(bench.layout)
     begin = time.perf_counter()
 
@@ -161,10 +186,10 @@ def run_cells(bench: Bench, checks: Sequence[str]) -> tuple[list[Cell], float]:
         if on_ranks:
             bench.build()
     except LayoutError as impossible:
-        return [Cell(row, layout, c, "skip", None, None, "", 0.0, str(impossible)) for c in checks], 0.0
+        return [Cell(row, layout, c, "skip", None, None, "", 0.0, str(impossible)) for c in checks]
     except Exception as error:
         took = time.perf_counter() - begin
-        return [broken(c, error, took) for c in checks], took
+        return [broken(c, error, took) for c in checks]
     took = time.perf_counter() - begin  # building and importing count towards the first check
     cells = []
     for check in checks:
@@ -178,7 +203,7 @@ def run_cells(bench: Bench, checks: Sequence[str]) -> tuple[list[Cell], float]:
         else:
             cells.append(made(check, outcome, took + time.perf_counter() - start))
         took = 0.0
-    return cells, time.perf_counter() - begin
+    return cells
 
 
 def layouts_of(row: str, which: str | Sequence[str]) -> list[Layout]:
@@ -236,8 +261,8 @@ def environment() -> dict:
     }
 
 
-def speed(cells: Sequence[Cell], seconds: dict[int, list[float]]) -> dict:
-    """Median seconds of one cell by number of ranks; the first job of each pool, which makes it, is left out."""
+def speed(cells: Sequence[Cell]) -> dict:
+    """Median seconds of one cell by number of ranks, as long as it took beside what else ran."""
     per_cell: dict[int, list[float]] = {}
     for one in cells:
         if one.status != "skip":

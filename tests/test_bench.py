@@ -23,6 +23,7 @@ from bridges import Layout
 from harness import cli, jobs
 from harness.bench import environment, ledger, measure, run, verdict
 from harness.bench.cases import CASES, CONVERSION, MODELS
+from harness.bench.causes import kind_of, split
 from harness.bench.ledger import LedgerError
 from harness.bench.published import PUBLISHED
 from harness.bench.subject import Machine, Subject, build, selected
@@ -509,6 +510,48 @@ def test_plot_draws_a_picture(two_runs, tmp_path, monkeypatch, capsys, kind):
     bare = copy.deepcopy(record(0, tflops=None))
     path = ledger.append(tmp_path / "bare", bare)
     assert goldengate(monkeypatch, "bench", "plot", path, "--out", out) == 2
+
+
+def test_causes_by_hand():
+    """Two steps of 5 s: overlapping kernels are busy once, gaps are idle, an unknown name is said."""
+    kernels = [
+        ("nvjet_tst_128x256", 10.0, 12.0),
+        ("void at::native::vectorized_elementwise_kernel<4>", 11.0, 13.0),
+        ("chunk_gated_delta_rule_fwd_kernel_h", 15.0, 16.0),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", 16.0, 18.0),
+        ("who_knows", 19.0, 19.5),
+    ]
+    causes = split(kernels[::-1], steps=2, seconds=5.0)
+    assert causes.kinds == {
+        "matrix products": 1.0,
+        "elementwise": 1.0,
+        "delta rule": 0.5,
+        "attention": 1.0,
+        "other": 0.25,
+    }
+    assert causes.idle == 5.0 - (3 + 1 + 2 + 0.5) / 2
+    assert causes.launches == 2.5
+    assert causes.unknown == ("who_knows",)
+    assert causes.line().startswith("idle 1750.00 ms, matrix products 1000.00 ms")
+    assert causes.line().endswith("2 launches; other: who_knows")
+    assert split(kernels, steps=2, seconds=1.0).idle == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("void cutlass::device_kernel<flash::FlashAttnFwdSm90>", "attention"),
+        ("_permute_kernel", "exchange of tokens"),
+        ("void transformer_engine::normalization::rmsnorm_fwd_tuned_kernel", "norms"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("rotary_fwd_q_kernel", "rope"),
+        ("cross_entropy_kernel", "loss"),
+        ("void cublasLt::splitKreduce_kernel<32, 16>", "matrix products"),
+        ("nothing known", None),
+    ],
+)
+def test_kinds_of_kernels(kernel, kind):
+    assert kind_of(kernel) == kind
 
 
 def loss_and_gradients(model, fused: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

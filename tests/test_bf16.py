@@ -9,7 +9,8 @@ from bridges.config_rules import ROPE, Rule
 from bridges.families.llama import LlamaBridge
 from bridges.families.qwen3 import Qwen3MoeBridge
 from bridges.mapping import AutoMapping, MegatronMappingRegistry
-from harness.bf16 import hf_choices, judge, otherwise, token_errors
+from harness import jobs
+from harness.bf16 import NO_KERNEL, hf_choices, judge, otherwise, token_errors
 from harness.sweep import verify
 
 NONE = np.zeros((2, 16), bool)
@@ -63,6 +64,25 @@ def test_choices_of_hugging_face_are_topk_in_every_layer_with_experts(row):
     _, found = hf_choices(toy_models.build(row), toy_models.inputs(row))
     assert len(found) >= 4
     assert all((chosen.sum(-1) == topk).all() for chosen in found.values())
+
+
+def test_no_kernel_is_a_reason_to_skip_and_another_error_is_not(monkeypatch):
+    """Transformer Engine says so by raising ValueError on every rank."""
+
+    def refuse(words):
+        def raising(ids):
+            raise ValueError(words)
+
+        monkeypatch.setattr(jobs, "forward", raising)
+
+    refuse(f"{NO_KERNEL} is available for the provided inputs.\nMore lines")
+    report = verify("llama3", layouts=["tp1"], checks=["bf16", "complete"])
+    skipped, passed = report.cells
+    assert (skipped.status, passed.status) == ("skip", "pass")
+    assert skipped.detail.endswith(f"in this layout: {NO_KERNEL} is available for the provided inputs.")
+    refuse("something else")
+    [failed] = verify("llama3", layouts=["tp1"], checks=["bf16"]).cells
+    assert failed.status == "error"
 
 
 # Wrong bridges

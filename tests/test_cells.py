@@ -3,7 +3,7 @@
 import pytest
 
 from bridges import LayoutError
-from harness.checks import Bench, NotApplicable, Subject
+from harness.checks import CHECKS, Bench, NotApplicable, Subject
 from harness.sweep import FUNCTIONS
 
 
@@ -28,7 +28,7 @@ def bench(subjects, ranks, tmp_path_factory):
     def make(row: str, layout) -> Bench:
         if not latest or (latest[0].subject.row, latest[0].layout) != (row, layout):
             latest.clear()
-            new = Bench(subjects(row), layout, ranks, tmp_path_factory.mktemp("exports"))
+            new = Bench(subjects(row), layout, ranks, tmp_path_factory.mktemp("exports"), CHECKS)
             try:
                 new.check_possible()
             except LayoutError as impossible:

@@ -152,14 +152,14 @@ def test_a_tied_embedding_that_is_not_summed_over_stages_fails(monkeypatch):
 
 def test_a_gradient_multiplied_by_cp_fails(monkeypatch):
     """As when the loss is scaled for context parallelism once more than the schedule does."""
-    original = grads.finalize_model_grads
+    original = training.finalize_model_grads
 
     def scaled(model, *args, **options):
         original(model, *args, **options)
         for chunk in model:
             chunk.scale_gradients(2.0)
 
-    monkeypatch.setattr(grads, "finalize_model_grads", scaled)
+    monkeypatch.setattr(training, "finalize_model_grads", scaled)
     cell = failing("llama3", "cp2")
     assert cell.value == pytest.approx(1.0, abs=1e-4)
     assert "lm_head.weight is off by 1" in cell.detail

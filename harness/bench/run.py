@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from harness.bench.cases import INPUT_SETS, Case
+from harness.bench.causes import Causes, split, watched
 from harness.bench.ledger import Record, digest
 from harness.bench.measure import LOOP, Ceiling, Clock, roofline
 from harness.bench.subject import Built, Subject, selected
@@ -26,8 +27,10 @@ class ForwardOnly(RuntimeError):
     """The kernels of this machine have no backward; the message is theirs."""
 
 
-def measure(case: Case, built: Built, ceiling: Ceiling, runner: Runner) -> Record:
-    """Runs the case. ForwardOnly where a kernel refuses its backward."""
+def measure(
+    case: Case, built: Built, ceiling: Ceiling, runner: Runner, explain: Callable[[Causes], None] | None = None
+) -> Record:
+    """Runs the case. ForwardOnly where a kernel refuses its backward. `explain` is given where a GPU's time went."""
     subject = Subject(case, built)
     try:
         subject.warm_up()
@@ -44,10 +47,13 @@ def measure(case: Case, built: Built, ceiling: Ceiling, runner: Runner) -> Recor
         torch.cuda.reset_peak_memory_stats()
     clock.seconds.clear()
     runner(clock.round, rounds=rounds, warmup_rounds=0, iterations=1)
+    timed_rounds = list(clock.seconds)
+    if explain and device.type == "cuda":
+        explain(split(watched(clock.round), steps=INPUT_SETS, seconds=statistics.median(timed_rounds)))
     hardware, causal = (selected(case, built.count(c)) for c in ("hardware", "causal"))
     work = sum(hardware.values())
     return {
-        **timed(clock.seconds),
+        **timed(timed_rounds),
         **named(case.name, {**built.settings(), "loop": LOOP}),
         "flops": {
             "convention": "hardware",
@@ -57,7 +63,7 @@ def measure(case: Case, built: Built, ceiling: Ceiling, runner: Runner) -> Recor
             "causal_total": sum(causal.values()),
         },
         "bytes": subject.bytes,
-        **rates(work, statistics.median(clock.seconds), ceiling),
+        **rates(work, statistics.median(timed_rounds), ceiling),
         "bytes_per_s": None,
         "roofline": roofline(work, subject.bytes, ceiling),
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,

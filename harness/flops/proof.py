@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import grads, jobs
+from harness import jobs, training
 from harness.checks import Bench, Outcome, Subject
 from harness.flops.counter import Counted, counting
 from harness.flops.model import flops
@@ -82,7 +82,7 @@ def count_on_rank(input_ids: np.ndarray, cotangent: np.ndarray) -> tuple[Table, 
         for at, layer in enumerate(chunk.decoder.layers)
     }
     with counting({str(i): chunk for i, chunk in enumerate(chunks)}) as counter:
-        grads.backward(input_ids, cotangent)
+        training.backward(input_ids, cotangent)
     table: Table = {}
     for one in counter.counted:
         key = place_and_part(one, numbers)

@@ -1,0 +1,82 @@
+"""The check `complete`: every tensor and every parameter exactly once."""
+
+from __future__ import annotations
+
+from bridges import Layout
+from bridges.plan import Parameter, local_shape, prove_layout, shard_of
+from harness.checks import Bench, Outcome
+
+
+def check_complete(bench: Bench) -> Outcome:
+    """Every HF tensor and every Megatron parameter and buffer exactly once: the proof on metadata for the layout, the
+    real ranks' names and shapes against the pure functions, and no NaN left of the poison."""
+    subject, layout = bench.subject, bench.layout
+    registry = subject.auto_bridge.mapping_registry(subject.source)
+    provider = subject.auto_bridge.to_megatron_provider(load_weights=False).apply_layout(layout)
+    shapes = {name: info.shape for name, info in subject.source.tensors.items()}
+    faults: list[str] = []
+
+    parameters = unsharded(bench, registry)
+    alias = {"output_layer.weight": ""} if provider.share_embeddings_and_output_weights else {}
+    repeated = subject.auto_bridge.repeated_tensors(subject.source, provider, registry)
+    coverage = prove_layout(parameters, registry, shapes, provider, layout, repeated=repeated, alias=alias)
+    faults += coverage.errors
+    for rank, built in enumerate(bench.built):
+        expected = expected_on(rank, parameters, registry, provider, layout)
+        actual = {name: shape for name, shape, _ in built.parameters}
+        for name in sorted({*expected, *actual}):
+            if expected.get(name) != actual.get(name):
+                faults.append(f"rank {rank}: {name} is {actual.get(name)}, by layout it should be {expected.get(name)}")
+        faults += [f"rank {rank}: {name} was not written by the import" for name in built.unwritten]
+    detail = "; ".join(faults[:4]) + (f" (and {len(faults) - 4} more)" if len(faults) > 4 else "")
+    counted = (
+        f"{coverage.hf_tensors} tensors, {coverage.hf_elements} elements once each; "
+        f"{sum(len(b.parameters) for b in bench.built)} parameters on {layout.world_size} ranks"
+    )
+    return Outcome(not faults and coverage.ok, len(faults), 0, "faults", detail or counted)
+
+
+def unsharded(bench: Bench, registry) -> list[Parameter]:
+    """The parameters of the whole model, put together from what the ranks hold."""
+    whole: dict[str, tuple[int, ...]] = {}
+    for built in bench.built:
+        for name, shape, _ in built.parameters:
+            lookup = "embedding.word_embeddings.weight" if name == "output_layer.weight" else name
+            mapping, _ = registry.megatron_to_hf_lookup(lookup)
+            size = shard_of(mapping, bench.layout, built.coords).size
+            dim = 1 if mapping.sharding == "row" else 0
+            whole[name] = tuple(s * size if d == dim else s for d, s in enumerate(shape))
+    return [Parameter(name, shape) for name, shape in whole.items()]
+
+
+def expected_on(rank: int, parameters, registry, provider, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """What the pure functions say this rank holds: {parameter: local shape}."""
+    coords = layout.coords(rank)
+    chunks = layout.chunk_layers(provider.num_layers)
+    mine = {layer for c, layers in enumerate(chunks) if c % layout.pp == coords.pp for layer in layers}
+    first, last = coords.pp == 0, coords.pp == layout.pp - 1
+    tied, heads = provider.share_embeddings_and_output_weights, bool(provider.mtp_num_layers)
+    experts = layout.experts(coords.ep, provider.num_moe_experts) if provider.num_moe_experts else range(0)
+    held = {}
+    for parameter in parameters:
+        head, _, tail = parameter.name.partition(".")
+        if head == "embedding":
+            here = first or (last and heads)  # the heads of multi-token prediction look tokens up themselves
+        elif head == "output_layer":
+            here = last and not (tied and (first or heads))
+        elif head == "mtp":
+            here = last
+        elif tail.startswith("layers."):
+            here = int(tail.split(".")[1]) in mine
+        elif heads:  # then the final norm is where the last decoder layer is
+            here = provider.num_layers - 1 in mine
+        else:
+            here = last
+        lookup = "embedding.word_embeddings.weight" if head == "output_layer" else parameter.name
+        mapping, _ = registry.megatron_to_hf_lookup(lookup)
+        if here and mapping.is_expert:
+            number = parameter.name[len(parameter.name.rstrip("0123456789")) :]
+            here = int(number) in experts
+        if here:
+            held[parameter.name] = local_shape(mapping, parameter.shape, shard_of(mapping, layout, coords).size)
+    return held
