@@ -14,7 +14,7 @@ from bridges import Layout, cpu_backend
 from bridges.families.llama import LlamaBridge
 from bridges.mapping import MegatronMappingRegistry, QKVMapping
 from bridges.views import Box
-from harness import goldens, grads, jobs
+from harness import goldens, grads, jobs, training
 from harness.gradients import compare_fingerprints, cotangents, fingerprints, hf_gradients
 from harness.ranks import RankError
 from harness.sweep import verify, verify_rows
