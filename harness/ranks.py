@@ -167,10 +167,27 @@ def _first_configurations() -> None:
     Autotuner.__init__ = first  # before anybody imports a kernel
 
 
+def _one_event_loop() -> None:
+    """All gloo groups of a rank share one device. Each would have its own, with a thread that wakes a hundred times a second,
+    and Megatron makes dozens of groups a rank: a third of the processor went there."""
+    plain: Any = torch.distributed.ProcessGroupGloo
+    device = plain.create_device(interface="lo")
+
+    class Sharing(plain):
+        def __init__(self, store, rank, size, timeout):
+            options = plain._Options()
+            options._devices, options._threads, options._timeout = [device], 1, timeout
+            super().__init__(store, rank, size, options)
+
+    torch.distributed.distributed_c10d.ProcessGroupGloo = Sharing  # type: ignore[misc]
+
+
 def _join_world(rank: int, world_size: int, folder: Path) -> None:
     gpu = torch.cuda.is_available()
     store = torch.distributed.FileStore(str(folder / "store"), world_size)
-    if gpu:
+    if not gpu:
+        _one_event_loop()
+    else:
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # read when CUDA starts: without it Transformer Engine's fp32 is TF32
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world_size)
