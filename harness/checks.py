@@ -337,11 +337,3 @@ def _reload(subject: Subject, folder: Path) -> Outcome:
     found = goldens.reference_logits(model.eval(), golden.inputs)
     result = max((compare(found[n], golden.tensors[n], golden.gate) for n in found), key=lambda c: c.value)
     return Outcome(result.ok, result.value, golden.gate, "rel rms", f"same weights; {result.detail}")
-
-
-FUNCTIONS: dict[str, Callable[[Bench], Outcome]] = {
-    "config": check_config,
-    "roundtrip": check_roundtrip,
-    "logits": check_logits,
-    "reload": check_reload,
-}
