@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +43,11 @@ class Outcome:
     limit: float | None
     unit: str
     detail: str
+
+
+def first_few(lines: Sequence[str]) -> str:
+    """The first four of what is wrong and how many more there are; empty for nothing."""
+    return "; ".join(lines[:4]) + (f" (and {len(lines) - 4} more)" if len(lines) > 4 else "")
 
 
 @dataclass
@@ -127,7 +132,7 @@ class Bench:
         _ = self.subject.source_sha  # taken before anything can touch the source
         self.built = self.run(jobs.build, str(self.subject.source.path), self.layout, self.subject.bridge_key)
 
-    @property
+    @cached_property
     def no_training(self) -> str:
         """Why Megatron does not train the model in this layout; empty where it does."""
         provider = self.subject.auto_bridge.to_megatron_provider(load_weights=False)
@@ -218,7 +223,7 @@ def check_roundtrip(bench: Bench) -> Outcome:
         elements = sum(int(np.prod(i.shape)) for i in out.tensors.values())
     if source_digest(subject.source.path) != subject.source_sha:
         differences.append("the source checkpoint was changed")
-    detail = "; ".join(differences[:4]) + (f" (and {len(differences) - 4} more)" if len(differences) > 4 else "")
+    detail = first_few(differences)
     compared = sum(count for count, _ in results)
     return Outcome(
         not differences,

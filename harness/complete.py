@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bridges import Layout
 from bridges.plan import Parameter, local_shape, prove_layout, shard_of
-from harness.checks import Bench, Outcome
+from harness.checks import Bench, Outcome, first_few
 
 
 def check_complete(bench: Bench) -> Outcome:
@@ -28,7 +28,7 @@ def check_complete(bench: Bench) -> Outcome:
             if expected.get(name) != actual.get(name):
                 faults.append(f"rank {rank}: {name} is {actual.get(name)}, by layout it should be {expected.get(name)}")
         faults += [f"rank {rank}: {name} was not written by the import" for name in built.unwritten]
-    detail = "; ".join(faults[:4]) + (f" (and {len(faults) - 4} more)" if len(faults) > 4 else "")
+    detail = first_few(faults)
     counted = (
         f"{coverage.hf_tensors} tensors, {coverage.hf_elements} elements once each; "
         f"{sum(len(b.parameters) for b in bench.built)} parameters on {layout.world_size} ranks"

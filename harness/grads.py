@@ -9,7 +9,7 @@ import torch
 
 from bridges.conversion import box_view
 from bridges.views import Box
-from harness.checks import Bench, NotApplicable, Outcome, Subject
+from harness.checks import Bench, NotApplicable, Outcome, Subject, first_few
 from harness.compare import relative_rms
 from harness.gradients import compare_fingerprints, hf_gradients
 
@@ -38,7 +38,7 @@ def check_grads(bench: Bench) -> Outcome:
             worst, worst_name = value, name
         if not value <= golden.gradient_gate:
             wrong.append(f"gradient of {name} is off by {value:.2g}")
-    detail = "; ".join(wrong[:4]) + (f" (and {len(wrong) - 4} more)" if len(wrong) > 4 else "")
+    detail = first_few(wrong)
     counted = f"{len(expected)} gradients, worst {worst_name}"
     if zero:
         counted += f"; {zero} are zero (experts that no token chose)"

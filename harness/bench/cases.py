@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from harness.bench.published import PUBLISHED
@@ -98,12 +98,10 @@ MLA = Model(
     fused=_FUSED,
 )
 # Megatron gives a head of multi-token prediction a layer like the model's last: a dense one here.
-MTP = Model(
-    "mtp",
-    "DeepSeek-V3",
-    {"num_hidden_layers": 2, "first_k_dense_replace": 2, "num_nextn_predict_layers": 1},
-    _TOY_LATENT,
-    fused=_FUSED,
+MTP = replace(
+    MLA,
+    name="mtp",
+    changes={"num_hidden_layers": 2, "first_k_dense_replace": 2, "num_nextn_predict_layers": 1},
 )
 # Three gated delta nets and one softmax attention, each with experts.
 GDN = Model(

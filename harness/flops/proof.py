@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from harness import jobs, training
-from harness.checks import Bench, Outcome, Subject
+from harness.checks import Bench, Outcome, Subject, first_few
 from harness.flops.counter import Counted, counting
 from harness.flops.model import flops
 from harness.flops.run import Part
@@ -139,7 +139,7 @@ def check_flops(bench: Bench) -> Outcome:
     once = by_formula.total * layout.dp
     total = sum(f + b for f, b in expected.values())
     copied = sorted({p.name for p in by_formula.parts if p.copies(layout.tp, layout.sp) > 1})
-    detail = "; ".join(wrong[:4]) + (f" (and {len(wrong) - 4} more)" if len(wrong) > 4 else "")
+    detail = first_few(wrong)
     counted = f"{total} FLOPs in {len(expected)} parts"
     if copied:
         counted += f", {total - once} of them replicated: {', '.join(copied)}"
