@@ -23,6 +23,16 @@ def pytest_addoption(parser):
     group.addoption("--causes", action="store_true", help="say where a GPU's time went, by kind of kernel")
 
 
+def pytest_configure(config):
+    if config.getoption("--causes"):
+        import torch
+
+        if config.getoption("--ledger"):
+            raise pytest.UsageError("--causes with --ledger: the profiler slows launches down; run them one by one")
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--causes: torch sees no GPU here, and kernels are a GPU's")
+
+
 @pytest.fixture(scope="session")
 def machine(request):
     import torch

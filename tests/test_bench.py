@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import runpy
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from bridges import Layout
 from harness import cli, jobs
 from harness.bench import environment, ledger, measure, run, verdict
 from harness.bench.cases import CASES, CONVERSION, MODELS
-from harness.bench.causes import kind_of, split
+from harness.bench.causes import Causes, kind_of, split, watched
 from harness.bench.ledger import LedgerError
 from harness.bench.published import PUBLISHED
 from harness.bench.subject import Machine, Subject, build, selected
@@ -308,11 +309,13 @@ def test_a_round_is_divided_by_its_steps(monkeypatch):
 
 
 def test_the_bytes_of_a_block_by_hand(ranks):
-    """The dense MLP in fp32: parameters once, and what goes into and out of its two linears (the norm is in the first)."""
+    """The dense MLP in fp32: parameters once, what goes into and out of its two linears (the norm is in the first), and
+    between them the activation, which no module has."""
     [found] = ranks.run(1, bytes_of, "dense.mlp")
     tokens, hidden, ffn = 2 * 64, 64, 96
     parameters = hidden + hidden * 2 * ffn + ffn * hidden
     activations = tokens * (hidden + 2 * ffn) + tokens * (ffn + hidden)
+    activations += 2 * tokens * ffn
     forward = 4 * (parameters + activations)
     assert found == {"dense.mlp.forward": forward, "dense.mlp.train": 3 * forward}
 
@@ -456,6 +459,15 @@ def test_the_cpu_cases_run(tmp_path):
     assert float(done.stdout.rsplit("second run:", 1)[1]) < 60
 
 
+@pytest.mark.parametrize(("options", "message"), [(["causes"], "sees no GPU"), (["causes", "ledger"], "one by one")])
+def test_causes_need_a_gpu_and_no_ledger(monkeypatch, options, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    conftest = runpy.run_path(str(ROOT / "benchmarks/conftest.py"))
+    config = SimpleNamespace(getoption=lambda name: name.removeprefix("--") in options)
+    with pytest.raises(pytest.UsageError, match=message):
+        conftest["pytest_configure"](config)
+
+
 def test_the_suite_does_not_run_benchmarks():
     """They have a folder of their own, which pytest takes only when it is named."""
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["testpaths"] == [
@@ -532,7 +544,7 @@ def test_causes_by_hand():
     assert causes.idle == 5.0 - (3 + 1 + 2 + 0.5) / 2
     assert causes.launches == 2.5
     assert causes.unknown == ("who_knows",)
-    assert causes.line().startswith("idle 1750.00 ms, matrix products 1000.00 ms")
+    assert causes.line().startswith("5000.00 ms: idle 1750.00, matrix products 1000.00")
     assert causes.line().endswith("2 launches; other: who_knows")
     assert split(kernels, steps=2, seconds=1.0).idle == 0.0
 
@@ -552,6 +564,29 @@ def test_causes_by_hand():
 )
 def test_kinds_of_kernels(kernel, kind):
     assert kind_of(kernel) == kind
+
+
+def causes_of_products() -> Causes:
+    """On a rank: of a product that takes milliseconds, and a copy to the host after it."""
+    jobs.use_layout(Layout())
+    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    torch.mm(matrix, matrix)
+    clock = measure.Clock(matrix.device, 1, lambda _: torch.mm(matrix, matrix)[0].cpu(), lambda: None)
+    clock.round()
+    clock.round()
+    return split(watched(clock.round), steps=1, seconds=clock.seconds[1])
+
+
+@pytest.mark.gpu
+def test_causes_of_known_kernels(ranks):
+    """The profiler's kernels are those that ran, in seconds."""
+    if not torch.cuda.is_available():
+        pytest.skip("kernels are a GPU's")
+    [found] = ranks.run(1, causes_of_products)
+    assert found.kinds.keys() >= {"matrix products", "copies"}
+    assert 0.5 * found.total < found.kinds["matrix products"] < 1.2 * found.total
+    assert found.launches < 10
+    assert not found.unknown
 
 
 def loss_and_gradients(model, fused: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -157,20 +157,28 @@ class Subject:
             tensor.grad = None
 
     def _bytes(self) -> int:
-        """Forward: each parameter of the module read once, each input read and each output written once, of every module
-        inside that has none inside. Backward: the parameters and these activations read once more, and a gradient for
-        each of them: three times the forward in all."""
+        """Forward: each parameter of the module read once; each input read and each output written once, of every module
+        inside that has none inside; and an input that no module gave (rope's, an activation's, a residual's) was written
+        once, from as much. Backward: the parameters and these activations read once more, and a gradient for each of
+        them: three times the forward in all."""
         moved = 0
+        given: dict[int, torch.Tensor] = {}  # by address, and held: no two of them have the same
+
+        def give(*values: Any) -> None:
+            given.update({t.untyped_storage().data_ptr(): t for t in tensors(values)})
 
         def hook(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
             nonlocal moved
-            moved += sum(t.nbytes for t in tensors((args, kwargs, output)))
+            between = [t for t in tensors((args, kwargs)) if t.untyped_storage().data_ptr() not in given]
+            moved += sum(t.nbytes for t in tensors((args, kwargs, output))) + 2 * sum(t.nbytes for t in between)
+            give(args, kwargs, output)
 
         inner = [m for m in self.module.modules() if not list(m.children())]
         handles = [m.register_forward_hook(hook, with_kwargs=True) for m in inner]
+        args, kwargs = self.inputs[0]
+        give(args, kwargs, list(self.module.parameters()))
         try:
             with torch.no_grad():
-                args, kwargs = self.inputs[0]
                 self.module(*args, **kwargs)
         finally:
             for handle in handles:
