@@ -525,7 +525,7 @@ def test_plot_draws_a_picture(two_runs, tmp_path, monkeypatch, capsys, kind):
 
 
 def test_causes_by_hand():
-    """Two steps of 5 s: overlapping kernels are busy once, gaps are idle, an unknown name is said."""
+    """Two steps of 5 s: of two kernels at once the first counts, gaps are idle, an unknown name is said."""
     kernels = [
         ("nvjet_tst_128x256", 10.0, 12.0),
         ("void at::native::vectorized_elementwise_kernel<4>", 11.0, 13.0),
@@ -533,27 +533,41 @@ def test_causes_by_hand():
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", 16.0, 18.0),
         ("who_knows", 19.0, 19.5),
     ]
-    causes = split(kernels[::-1], steps=2, seconds=5.0)
+    calls = [
+        ("cudaLaunchKernel", 9.0, 9.5),
+        ("cuLaunchKernelEx", 10.0, 10.5),
+        ("cudaStreamSynchronize", 11.0, 13.0),
+        ("cudaEventSynchronize", 19.0, 19.5),
+    ]
+    causes = split(kernels[::-1], calls, steps=2, seconds=5.0)
     assert causes.kinds == {
         "matrix products": 1.0,
-        "elementwise": 1.0,
+        "elementwise": 0.5,
         "delta rule": 0.5,
         "attention": 1.0,
         "other": 0.25,
     }
     assert causes.idle == 5.0 - (3 + 1 + 2 + 0.5) / 2
+    assert causes.total == 5.0 == causes.idle + sum(causes.kinds.values())
+    assert (causes.waits, causes.calls) == (1.0, 0.75)
     assert causes.launches == 2.5
     assert causes.unknown == ("who_knows",)
     assert causes.line().startswith("5000.00 ms: idle 1750.00, matrix products 1000.00")
-    assert causes.line().endswith("2 launches; other: who_knows")
-    assert split(kernels, steps=2, seconds=1.0).idle == 0.0
+    assert causes.line().endswith("; host waits 1000.00, CUDA calls 750.00; 2 launches; other: who_knows")
+    slower = split(kernels, steps=2, seconds=1.0)
+    assert (slower.idle, slower.total) == (0.0, 3.25)
 
 
 @pytest.mark.parametrize(
     ("kernel", "kind"),
     [
         ("void cutlass::device_kernel<flash::FlashAttnFwdSm90>", "attention"),
-        ("_permute_kernel", "exchange of tokens"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, 128>(void const*)", "attention"),
+        ("_permute_kernel", "gather and sort"),
+        ("_make_chunk_sort_map_kernel", "gather and sort"),
+        ("_row_id_map_pass_1_kernel", "gather and sort"),
+        ("chunk_local_cumsum_scalar_kernel", "delta rule"),
+        ("kernel_kernel", "delta rule"),
         ("void transformer_engine::normalization::rmsnorm_fwd_tuned_kernel", "norms"),
         ("Memcpy HtoD (Pinned -> Device)", "copies"),
         ("rotary_fwd_q_kernel", "rope"),
@@ -574,7 +588,7 @@ def causes_of_products() -> Causes:
     clock = measure.Clock(matrix.device, 1, lambda _: torch.mm(matrix, matrix)[0].cpu(), lambda: None)
     clock.round()
     clock.round()
-    return split(watched(clock.round), steps=1, seconds=clock.seconds[1])
+    return split(*watched(clock.round), steps=1, seconds=clock.seconds[1])
 
 
 @pytest.mark.gpu
@@ -587,6 +601,8 @@ def test_causes_of_known_kernels(ranks):
     assert 0.5 * found.total < found.kinds["matrix products"] < 1.2 * found.total
     assert found.launches < 10
     assert not found.unknown
+    assert found.waits > 0.5 * found.total  # the copy waits for the product
+    assert 0 < found.calls < found.total
 
 
 def loss_and_gradients(model, fused: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -10,43 +10,51 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-Kernel = tuple[str, float, float]  # name, start and end in seconds
+Span = tuple[str, float, float]  # of a kernel, or of a call of the host: name, start and end in seconds
 
 # The first pattern found in a kernel's name decides.
 KINDS: tuple[tuple[str, str], ...] = (
     ("loss", r"cross_entropy|online_softmax"),
-    ("attention", r"fmha|flash|sdpa|attn|attention"),
+    ("attention", r"fmha|flash|sdpa|attn|attention|dot_do_o|convert_dq"),
+    ("gather and sort", r"permut|sort|row_id_map|topk|histogram|bincount|scatter|gather|index|unique|router|moe"),
     (
         "delta rule",
-        r"gated_delta|delta_rule|delta_h|chunk_|recompute_w_u|prepare_wy|solve_tri|cumsum|l2norm|causal_conv",
+        r"gated_delta|delta_rule|delta_h|chunk_|recompute_w_u|prepare_wy|solve_tri|merge_|cumsum|l2norm|causal_conv"
+        r"|^kernel_kernel$",  # tilelang's name for each of its own; nothing else here is made with it
     ),
     ("matrix products", r"gemm|nvjet|cutlass|cublas|splitk|gemv"),
-    ("exchange of tokens", r"permut|sort|topk|histogram|bincount|scatter|gather|index|router|moe"),
     ("rope", r"rope|rotary"),
     ("norms", r"norm"),
-    ("copies", r"memcpy|memset|copy|cat"),
-    ("elementwise", r"elementwise|pointwise|swiglu|silu|gelu|geglu|mul|add|reduce|triton_|fill|cast|transpose"),
+    ("copies", r"memcpy|memset|copy|cat|roll"),
+    ("elementwise", r"elementwise|pointwise|swiglu|silu|gelu|geglu|mul|add|reduce|scan|triton_|fill|cast|transpose"),
 )
+# The host waits until a GPU has done all that it was given. The wait at the end of a round is for an event, not for this.
+WAITS = r"cu(da)?(Stream|Device|Ctx)Synchronize"
 
 
 @dataclass(frozen=True)
 class Causes:
-    """Of one step, in seconds: `total`, of which `kinds` of kernels and `idle`, when none ran; and how many were launched.
-    `unknown`: names that fit no kind, which `kinds` has as "other"."""
+    """Of one step, in seconds: `total` is the sum of `kinds`, by the kernel that began first where some overlap, and of
+    `idle`, when none ran. Beside them what the host did in that step: it waited (`waits`) and was in other calls of CUDA
+    (`calls`); the rest is its own work, Python's mostly. `launches`: kernels. `unknown`: names that fit no kind, which
+    `kinds` has as "other"."""
 
     total: float
     kinds: dict[str, float]
     idle: float
+    waits: float
+    calls: float
     launches: float
     unknown: tuple[str, ...]
 
     def line(self) -> str:
-        """6.40 ms: idle 4.21, matrix products 1.80, ...; 1240 launches"""
+        """6.40 ms: idle 4.21, matrix products 1.80, ...; host waits 0.20, CUDA calls 3.10; 1240 launches"""
         parts = [("idle", self.idle), *self.kinds.items()]
         parts.sort(key=lambda part: -part[1])
         text = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in parts if seconds > 0)
-        names = f"; other: {', '.join(self.unknown[:3])}" if self.unknown else ""
-        return f"{1e3 * self.total:.2f} ms: {text}; {self.launches:.0f} launches{names}"
+        host = f"host waits {1e3 * self.waits:.2f}, CUDA calls {1e3 * self.calls:.2f}"
+        names = f"; other: {', '.join(name[:60] for name in self.unknown[:3])}" if self.unknown else ""
+        return f"{1e3 * self.total:.2f} ms: {text}; {host}; {self.launches:.0f} launches{names}"
 
 
 def kind_of(kernel: str) -> str | None:
@@ -54,34 +62,49 @@ def kind_of(kernel: str) -> str | None:
     return next((kind for kind, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE)), None)
 
 
-def split(kernels: Iterable[Kernel], *, steps: int, seconds: float) -> Causes:
-    """`seconds`: a step as it was timed, without a profiler. Kernels that overlap count for each of their kinds and once for
-    the time that is not idle."""
+def split(kernels: Iterable[Span], calls: Iterable[Span] = (), *, steps: int, seconds: float) -> Causes:
+    """`seconds`: a step as it was timed, without a profiler, which slows the host and not the kernels; so what they leave
+    of it is `idle`, and `total` exceeds it where they were slower than in the timed rounds."""
     ordered = sorted(kernels, key=lambda kernel: kernel[1])
     kinds: dict[str, float] = {}
     unknown: dict[str, float] = {}
-    busy, until = 0.0, float("-inf")
+    until = float("-inf")
     for name, start, end in ordered:
         kind = kind_of(name)
-        if kind is None:
-            unknown[name] = unknown.get(name, 0.0) + end - start
-        kinds[kind or "other"] = kinds.get(kind or "other", 0.0) + (end - start) / steps
-        busy += max(0.0, end - max(start, until))
+        own = max(0.0, end - max(start, until))
         until = max(until, end)
-    most = tuple(sorted(unknown, key=lambda name: -unknown[name]))
-    return Causes(seconds, kinds, max(0.0, seconds - busy / steps), len(ordered) / steps, most)
+        if kind is None:
+            unknown[name] = unknown.get(name, 0.0) + own
+        kinds[kind or "other"] = kinds.get(kind or "other", 0.0) + own / steps
+    busy = sum(kinds.values())
+    host = {True: 0.0, False: 0.0}
+    for name, start, end in calls:
+        host[bool(re.match(WAITS, name))] += (end - start) / steps
+    return Causes(
+        total=max(seconds, busy),
+        kinds=kinds,
+        idle=max(0.0, seconds - busy),
+        waits=host[True],
+        calls=host[False],
+        launches=len(ordered) / steps,
+        unknown=tuple(sorted(unknown, key=lambda name: -unknown[name])),
+    )
 
 
-def watched(run: Callable[[], None]) -> list[Kernel]:
-    """The kernels that `run` makes a GPU run. RuntimeError when it sees none: the profiler is not to be had here."""
+def watched(run: Callable[[], None]) -> tuple[list[Span], list[Span]]:
+    """The kernels that `run` makes a GPU run, and the calls of CUDA by which it does. RuntimeError when there is no kernel:
+    the profiler is not to be had here."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
         run()
-        torch.cuda.synchronize()
-    events = [e for e in found.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
-    if not events:
+    spans: dict[bool, list[Span]] = {True: [], False: []}
+    for event in found.events() or ():
+        on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+        if on_gpu or re.match(r"cu[A-Z]|cuda[A-Z]", event.name):
+            spans[on_gpu].append((event.name, event.time_range.start / 1e6, event.time_range.end / 1e6))
+    if not spans[True]:
         raise RuntimeError("the profiler saw no kernel: has this process the right to use CUPTI?")
-    return [(e.name, e.time_range.start / 1e6, e.time_range.end / 1e6) for e in events]
+    return spans[True], spans[False]
