@@ -16,7 +16,10 @@ Span = tuple[str, float, float]  # of a kernel, or of a call of the host: name, 
 KINDS: tuple[tuple[str, str], ...] = (
     ("loss", r"cross_entropy|online_softmax"),
     ("attention", r"fmha|flash|sdpa|attn|attention|dot_do_o|convert_dq"),
-    ("gather and sort", r"permut|sort|row_id_map|topk|histogram|bincount|scatter|gather|index|unique|router|moe"),
+    (
+        "gather and sort",
+        r"permut|sort|row_id_map|topk|histogram|bincount|scatter|gather|index|unique|segment|router|moe",
+    ),
     (
         "delta rule",
         r"gated_delta|delta_rule|delta_h|chunk_|recompute_w_u|prepare_wy|solve_tri|merge_|cumsum|l2norm|causal_conv"
@@ -26,10 +29,14 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("rope", r"rope|rotary"),
     ("norms", r"norm"),
     ("copies", r"memcpy|memset|copy|cat|roll"),
-    ("elementwise", r"elementwise|pointwise|swiglu|silu|gelu|geglu|mul|add|reduce|scan|triton_|fill|cast|transpose"),
+    (
+        "elementwise",
+        r"elementwise|pointwise|swiglu|silu|gelu|geglu|mul|add|reduce|scan|softmax|triton_|fill|cast|transpose",
+    ),
 )
-# The host waits until a GPU has done all that it was given. The wait at the end of a round is for an event, not for this.
-WAITS = r"cu(da)?(Stream|Device|Ctx)Synchronize"
+# Calls in which the host waits for a GPU: a copy from it to pageable memory among them. The profiler's own end is not.
+WAITS = r"cu(da)?((Stream|Event)Synchronize|Memcpy)"
+PROFILER = r"cu(da)?(Device|Ctx)Synchronize"
 
 
 @dataclass(frozen=True)
@@ -92,8 +99,8 @@ def split(kernels: Iterable[Span], calls: Iterable[Span] = (), *, steps: int, se
 
 
 def watched(run: Callable[[], None]) -> tuple[list[Span], list[Span]]:
-    """The kernels that `run` makes a GPU run, and the calls of CUDA by which it does. RuntimeError when there is no kernel:
-    the profiler is not to be had here."""
+    """The kernels that `run` makes a GPU run, and the calls of CUDA by which it does; `run` need not wait for them.
+    RuntimeError when there is no kernel: the profiler is not to be had here."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -103,7 +110,7 @@ def watched(run: Callable[[], None]) -> tuple[list[Span], list[Span]]:
     spans: dict[bool, list[Span]] = {True: [], False: []}
     for event in found.events() or ():
         on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
-        if on_gpu or re.match(r"cu[A-Z]|cuda[A-Z]", event.name):
+        if on_gpu or (re.match(r"cu(da)?[A-Z]", event.name) and not re.match(PROFILER, event.name)):
             spans[on_gpu].append((event.name, event.time_range.start / 1e6, event.time_range.end / 1e6))
     if not spans[True]:
         raise RuntimeError("the profiler saw no kernel: has this process the right to use CUPTI?")

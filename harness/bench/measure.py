@@ -25,16 +25,17 @@ class Clock:
         if self.gpu:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            self._run()
+            self.run()
             end.record()
             end.synchronize()
             self.seconds.append(start.elapsed_time(end) / 1e3 / self.steps)
         else:
             began = time.perf_counter()
-            self._run()
+            self.run()
             self.seconds.append((time.perf_counter() - began) / self.steps)
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """The steps of a round, which are not waited for."""
         for i in range(self.steps):
             self.step(i)
             self.between()

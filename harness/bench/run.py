@@ -49,7 +49,7 @@ def measure(
     runner(clock.round, rounds=rounds, warmup_rounds=0, iterations=1)
     timed_rounds = list(clock.seconds)
     if explain and device.type == "cuda":
-        explain(split(*watched(clock.round), steps=INPUT_SETS, seconds=statistics.median(timed_rounds)))
+        explain(split(*watched(clock.run), steps=INPUT_SETS, seconds=statistics.median(timed_rounds)))
     hardware, causal = (selected(case, built.count(c)) for c in ("hardware", "causal"))
     work = sum(hardware.values())
     return {
