@@ -18,7 +18,7 @@ import toy_models
 from harness import jobs
 from harness.checks import Bench, NotApplicable, Outcome, Subject, assemble, gathered
 
-FACTOR = 2.0
+FACTOR = 1.5  # right models reach 1.14, in 254 cells on GPUs (docs/gpu.md)
 SEQUENCES = 32
 NO_KERNEL = "No dot product attention backend"  # Transformer Engine's words
 Choices = dict[str, np.ndarray]

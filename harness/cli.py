@@ -275,7 +275,10 @@ def convert_export(
 
 # -- bench -----------------------------------------------------------------------------------------------------------
 
-Selection = Annotated[str, typer.Argument(help="LEDGER.jsonl, or LEDGER.jsonl@COMMIT, or LEDGER.jsonl@LABEL.")]
+Selection = Annotated[
+    str,
+    typer.Argument(help="LEDGER.jsonl, or LEDGER.jsonl@WORD: a commit or a label. LEDGER.jsonl@LABEL@COMMIT: both."),
+]
 
 
 @bench_app.command("compare")

@@ -41,10 +41,12 @@ def bench(subjects, ranks, tmp_path_factory):
 
 
 @pytest.mark.gpu
-def test_cell(row, layout, check, bench):
-    """The check passes: its value is within its limit."""
+def test_cell(row, layout, check, bench, record_property):
+    """The check passes: its value is within its limit. `--junitxml` keeps both."""
     try:
         outcome = FUNCTIONS[check](bench(row, layout))
     except NotApplicable as reason:
         pytest.skip(str(reason))
+    record_property("value", outcome.value)
+    record_property("limit", outcome.limit)
     assert outcome.ok, f"{outcome.value} against {outcome.limit} {outcome.unit}: {outcome.detail}"

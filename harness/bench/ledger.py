@@ -138,17 +138,27 @@ def append(folder: Path, record: Record) -> Path:
 
 
 def select(selection: str) -> list[Record]:
-    """Lines of `FILE`, or of `FILE@WORD` those whose commit begins with the word or whose label is it. LedgerError when
-    there are none."""
-    name, at, word = selection.rpartition("@")
-    if not at or Path(selection).exists():
-        name, word = selection, ""
-    elif not word:
+    """Lines of `FILE`, or of `FILE@WORD` those whose commit begins with the word or whose label is it; of `FILE@WORD@WORD`
+    those for which both hold. LedgerError when there are none."""
+    name, words = selection, []
+    while "@" in Path(name).name and not Path(name).exists():
+        name, _, word = name.rpartition("@")
+        words.append(word)
+    if "" in words:
         raise LedgerError(f"{selection}: after @ a commit or a label is needed")
-    records = [r for r in read(Path(name)) if not word or r["label"] == word or _is_commit(r["commit"], word)]
+    records = [
+        r for r in read(Path(name)) if all(r["label"] == word or _is_commit(r["commit"], word) for word in words)
+    ]
     if not records:
-        raise LedgerError(f"{selection}: no line{f' of commit or label {word!r}' if word else ''} in {name}")
+        wanted = " and ".join(map(repr, reversed(words)))
+        raise LedgerError(f"{selection}: no line{f' of commit or label {wanted}' if words else ''} in {name}")
     return records
+
+
+def run_of(record: Record) -> str:
+    """What its line is one process of: the label, if any, and the commit."""
+    label = f"{record['label']} " if record["label"] else ""
+    return f"{label}{record['commit'][:9]}"
 
 
 def _is_commit(commit: str, word: str) -> bool:

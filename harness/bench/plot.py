@@ -6,18 +6,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from harness.bench.ledger import LedgerError, Record, by_case
+from harness.bench.ledger import LedgerError, Record, by_case, run_of
 
 FORMATS = (".png", ".svg")
 
 
 def runs(records: list[Record]) -> list[str]:
-    """Labels, or commits without one, in the order of the ledger."""
+    """In the order of the ledger."""
     return list(dict.fromkeys(run_of(r) for r in records))
-
-
-def run_of(record: Record) -> str:
-    return record["label"] or record["commit"][:9]
 
 
 def plot(records: list[Record], out: Path) -> None:
@@ -60,7 +56,7 @@ def _over_runs(axis: Any, drawn: dict[str, list[Record]], order: list[str], styl
         axis.plot([p for p, _ in ordered], [v for _, v in ordered], color=colour)
         ends[case] = ordered[-1]
     axis.set_xticks(range(len(order)), order, rotation=30, ha="right", fontsize=8)
-    axis.set_xlim(-0.5, len(order) + 0.3)
+    axis.set_xlim(-0.5, 1.55 * len(order) - 1)  # names need a third of the width
     apart, lowest = 0.022 * max((r["tflops"] for records in drawn.values() for r in records), default=0), 0.0
     for case, (place, value) in sorted(ends.items(), key=lambda item: item[1][1]):
         lowest = max(value, lowest + apart)  # names do not lie on one another
@@ -74,9 +70,10 @@ def _over_runs(axis: Any, drawn: dict[str, list[Record]], order: list[str], styl
 
 
 def _against_prediction(axis: Any, drawn: dict[str, list[Record]], style: dict) -> None:
-    """Medians over processes; the bar goes from perfect overlap to none."""
+    """Medians over the processes of a case's last run; the bar goes from perfect overlap to none."""
     points = []
-    for case, records in drawn.items():
+    for case, every in drawn.items():
+        records = [r for r in every if run_of(r) == run_of(every[-1])]
         colour, marker = style[case]
         measured = 1e3 * statistics.median(r["median_s"] for r in records)
         low, high = (1e3 * statistics.median(r["roofline"][k] for r in records) for k in ("seconds", "serial_seconds"))
@@ -93,6 +90,6 @@ def _against_prediction(axis: Any, drawn: dict[str, list[Record]], style: dict) 
     axis.set_yscale("log")
     axis.set_xlabel("predicted ms: the longer of FLOPs and bytes (marker) to their sum (end of the bar)")
     axis.set_ylabel("measured ms (median of processes)")
-    axis.set_title("measured against roofline")
+    axis.set_title("measured against roofline, in a case's last run")
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), title="measured / predicted")
     axis.grid(alpha=0.3)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from harness.bench.ledger import Record, by_case
+from harness.bench.ledger import Record, by_case, run_of
 
 PROCESSES = 5  # on each side; the smallest two-sided p of 5 against 5 is 2/252
 SIGNIFICANT = 0.01
@@ -75,6 +75,9 @@ def judge(case: str, a: Sequence[Record], b: Sequence[Record]) -> Verdict:
     for name in ("device", "settings", "versions"):
         if why := _differs(name, [*a, *b]):
             return Verdict(case, "not comparable", why)
+    for side in (a, b):
+        if len(mixed := sorted({run_of(r) for r in side})) > 1:
+            return Verdict(case, "not comparable", f"one side is {' and '.join(mixed)}: choose by FILE@LABEL@COMMIT")
     shared = {r["process"] for r in a} & {r["process"] for r in b}
     if shared:
         return Verdict(case, "not comparable", f"{len(shared)} processes are on both sides")
