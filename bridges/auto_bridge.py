@@ -19,17 +19,18 @@ from bridges.conversion import (
     Progress,
     build_tasks,
     current_layout,
+    everywhere,
     export_weights,
     import_weights,
     live_export,
+    matching,
     repeated_tensors,
-    unused_tensors,
     unwrap,
 )
 from bridges.hf_pretrained import PreTrainedCausalLM
 from bridges.mapping import MegatronMappingRegistry
 from bridges.model_bridge import ConfigError, MegatronModelBridge
-from bridges.plan import PlanError
+from bridges.plan import PlanError, Shape
 from bridges.provider import GPTModelProvider
 
 # Beside the weights, an exported model needs these files of its source.
@@ -148,9 +149,18 @@ class AutoBridge:
 
     def _tasks(self, model, source: Checkpoint) -> list[ConversionTask]:
         chunks: Sequence = model if isinstance(model, list | tuple) else [model]
-        shapes = {name: info.shape for name, info in source.tensors.items()}
         registry, config = self.mapping_registry(source), _config(chunks)
-        return build_tasks(chunks, registry, shapes, config, self.repeated_tensors(source, config, registry))
+        repeated = self.repeated_tensors(source, config, registry)
+        return build_tasks(chunks, registry, self.mapped_shapes(source), config, repeated)
+
+    def ignored_tensors(self, source: Checkpoint) -> list[str]:
+        """Those of the checkpoint that its bridge names in IGNORED_TENSORS: imports leave them, exports copy them."""
+        return matching(self._model_bridge.IGNORED_TENSORS, source.tensors)
+
+    def mapped_shapes(self, source: Checkpoint) -> dict[str, Shape]:
+        """{tensor: shape} of all others."""
+        ignored = set(self.ignored_tensors(source))
+        return {name: info.shape for name, info in source.tensors.items() if name not in ignored}
 
     def repeated_tensors(
         self, source: Checkpoint, provider: GPTModelProvider, registry: MegatronMappingRegistry
@@ -173,14 +183,8 @@ class AutoBridge:
         import_weights(tasks, source, lossy=lossy, progress=progress)
 
     def _check_all_used(self, tasks: list[ConversionTask], source: Checkpoint) -> None:
-        used = set().union(*(task.hf_names for task in tasks))
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            everyone: list = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, used)
-            used = set().union(*everyone)
-        if left := unused_tensors(
-            self.mapping_registry(source), source.tensors, used, self._model_bridge.IGNORED_TENSORS
-        ):
+        used = everywhere(set().union(*(task.hf_names for task in tasks)))
+        if left := [name for name in self.mapped_shapes(source) if name not in used]:
             more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
             raise PlanError(
                 f"{source.path}: tensor {left[0]} is not used by any Megatron parameter{more}; map it in "
@@ -193,9 +197,9 @@ class AutoBridge:
         """(name, whole tensor) in the checkpoint's names, dtypes and order; all ranks must consume it together."""
         source = self._source(hf_path)
         tasks = self._tasks(model, source)
+        self._check_all_used(tasks, source)
         _, coords = current_layout(_config(model))
-        shapes = {name: info.shape for name, info in source.tensors.items()}
-        yield from live_export(tasks, coords, source.tensors, shapes, lambda n: source.tensors[n].dtype, cpu=cpu)
+        yield from live_export(tasks, coords, source, self.ignored_tensors(source), cpu=cpu)
 
     def save_hf_pretrained(
         self,
@@ -212,6 +216,7 @@ class AutoBridge:
         """
         source = self._source(hf_path)
         tasks = self._tasks(model, source)
+        self._check_all_used(tasks, source)
         _, coords = current_layout(_config(model))
         writer = CheckpointWriter(
             path,
@@ -228,6 +233,8 @@ class AutoBridge:
         def write() -> None:
             writer.open()
             export_weights(tasks, coords, writer.view, progress)
+            for name in self.ignored_tensors(source) if first else ():
+                writer.view(name).copy_(source.view(name))
             writer.flush()
 
         try:

@@ -148,8 +148,7 @@ def repeated_tensors(
 ) -> dict[str, str]:
     """{tensor of the checkpoint: the one that it repeats}: those that a family declares (patterns with *), and the head of
     a tied model that is on disk all the same."""
-    patterns = [(re.compile(re.escape(p).replace(r"\*", r"\d+")), source) for p, source in declared.items()]
-    found = {n: source for n in hf_shapes for pattern, source in patterns if pattern.fullmatch(n)}
+    found = {n: source for pattern, source in declared.items() for n in matching([pattern], hf_shapes)}
     if tied:
         try:
             head, embedding = (registry.megatron_to_hf_lookup(name)[1][0].hf for name in (OUTPUT, EMBEDDING))
@@ -158,6 +157,21 @@ def repeated_tensors(
         found = {n: embedding if source == head else source for n, source in found.items()}
         found |= {n: embedding for n in hf_shapes if n == head}
     return found
+
+
+def matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The names that fit a pattern, in which * is a number."""
+    compiled = [re.compile(re.escape(pattern).replace(r"\*", r"\d+")) for pattern in patterns]
+    return [name for name in names if any(pattern.fullmatch(name) for pattern in compiled)]
+
+
+def everywhere(names: set[str]) -> set[str]:
+    """The names of all ranks together."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        gathered: list = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, names)
+        return set().union(*gathered)
+    return names
 
 
 def box_view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
@@ -246,15 +260,10 @@ def export_weights(
 
 @torch.no_grad()
 def live_export(
-    tasks: Sequence[ConversionTask],
-    coords: Coords,
-    names: Iterable[str],
-    shape: dict[str, Shape],
-    dtype: Callable[[str], torch.dtype],
-    *,
-    cpu: bool,
+    tasks: Sequence[ConversionTask], coords: Coords, source: Checkpoint, ignored: Sequence[str], *, cpu: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(hf name, whole tensor) one by one on every rank, fed by collectives: for weight synchronisation.
+    """(hf name, whole tensor) one by one on every rank, fed by collectives: for weight synchronisation. Names, shapes and
+    dtypes are the source's, and so are the values of what is `ignored`.
 
     Writers fill their blocks of a zero tensor and the bytes are summed over all ranks, which is exact since every byte
     but one is zero. All ranks must consume the iterator together.
@@ -265,18 +274,13 @@ def live_export(
             for copy, name in destinations(task):
                 writers.setdefault(name, []).append((task.tensor, copy))
     device = tasks[0].tensor.device
-    for name in names:
-        whole = torch.zeros(shape[name], dtype=dtype(name), device=device)
+    for name, info in source.tensors.items():
+        if name in ignored:
+            yield name, source.view(name).to("cpu" if cpu else device, copy=True)
+            continue
+        whole = torch.zeros(info.shape, dtype=info.dtype, device=device)
         for tensor, copy in writers.get(name, ()):
             box_view(whole, copy.hf_box).copy_(box_view(tensor, copy.megatron_box))
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(whole.view(-1).view(torch.uint8))
         yield name, whole.cpu() if cpu else whole
-
-
-def unused_tensors(
-    registry: MegatronMappingRegistry, names: Iterable[str], used: set[str], ignored: dict[str, str]
-) -> list[str]:
-    """Checkpoint tensors that no task of the whole model reads and no IGNORED_TENSORS pattern excuses."""
-    patterns = [re.compile(re.escape(p).replace(r"\*", r"\d+")) for p in ignored]
-    return [n for n in names if n not in used and not any(p.fullmatch(n) for p in patterns)]

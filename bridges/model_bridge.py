@@ -302,5 +302,5 @@ class MegatronModelBridge:
 
     # Hugging Face tensors (patterns with *) that repeat another one: compared on import, written again on export.
     REPEATED_TENSORS: ClassVar[dict[str, str]] = {}
-    # Hugging Face tensors (patterns with *) that no Megatron parameter needs, each with the reason.
+    # Hugging Face tensors (patterns with *) that no Megatron parameter needs, each with the reason: an export copies them.
     IGNORED_TENSORS: ClassVar[dict[str, str]] = {}

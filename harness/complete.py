@@ -13,7 +13,7 @@ def check_complete(bench: Bench) -> Outcome:
     subject, layout = bench.subject, bench.layout
     registry = subject.auto_bridge.mapping_registry(subject.source)
     provider = subject.auto_bridge.to_megatron_provider(load_weights=False).apply_layout(layout)
-    shapes = {name: info.shape for name, info in subject.source.tensors.items()}
+    shapes = subject.auto_bridge.mapped_shapes(subject.source)
     faults: list[str] = []
 
     parameters = unsharded(bench, registry)
@@ -33,6 +33,8 @@ def check_complete(bench: Bench) -> Outcome:
         f"{coverage.hf_tensors} tensors, {coverage.hf_elements} elements once each; "
         f"{sum(len(b.parameters) for b in bench.built)} parameters on {layout.world_size} ranks"
     )
+    if ignored := subject.auto_bridge.ignored_tensors(subject.source):
+        counted += f"; {len(ignored)} tensors ignored, as the bridge says"
     return Outcome(not faults and coverage.ok, len(faults), 0, "faults", detail or counted)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import resource
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bridges import AutoBridge, CheckpointError, Layout, cpu_substitutions
 from bridges.checkpoint import Checkpoint, same_bytes
+from bridges.conversion import everywhere
 from bridges.provider import ensure_process_groups
 from harness import jobs
 from harness.ranks import Ranks
@@ -27,6 +29,8 @@ from harness.sweep import quiet
 
 DEADLINE_S = 24 * 3600.0
 MAX_RANKS = 64  # forked ranks on one machine
+
+OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # tensors that training keeps beside the weights
 
 _counter = None  # shared by the forked ranks: parameters done
 
@@ -260,6 +264,11 @@ def _load(source: str) -> None:
 
     with _reason(f"cannot load {source} as this model"):
         state: Any = dist_checkpointing.load(_sharded_state(), source)
+    wanted = everywhere({tensor.key for tensor in jobs.sharded_tensors()})
+    held = (name for name in dist_checkpointing.load_tensors_metadata(source) if not OPTIMIZER.match(name))
+    if extra := sorted(set(held) - wanted):
+        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+        raise CheckpointError(f"cannot load {source} as this model, which has no place for {extra[0]}{more}")
     for key, chunk in jobs.current().keyed_chunks():
         chunk.load_state_dict(state[key], strict=False)
 

@@ -22,7 +22,7 @@ def check_grads(bench: Bench) -> Outcome:
         raise NotApplicable(reason)
     subject, golden = bench.subject, bench.subject.golden
     expected, wrong = _reference(subject)
-    shapes = {name: info.shape for name, info in subject.source.tensors.items()}
+    shapes = subject.auto_bridge.mapped_shapes(subject.source)
     actual = assemble([(t.gradients, t.boxes) for t in bench.trained], shapes)
 
     wrong, worst, worst_name, zero = list(wrong), 0.0, "(all exact)", 0

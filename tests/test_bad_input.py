@@ -479,6 +479,35 @@ def test_a_megatron_checkpoint_of_another_model_is_refused(good, megatron, tmp_p
     refused(tmp_path, *args, says=r"cannot load \S+/llama3 as this model: .*decoder\.layers\.")
 
 
+def test_a_megatron_checkpoint_of_more_than_the_model_is_refused(good, copy, tmp_path):
+    """Its heads would be lost without a word, when the reference is the model without them."""
+    row, source, target = "mimo_7b", tmp_path / "megatron", tmp_path / "target"
+    assert goldengate(tmp_path, "convert", "import", good(row), source, "--layout", "tp2").code == 0
+    folder = copy(row)
+    edit_config(folder, num_nextn_predict_layers=0)
+    edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "mtp" in name])
+    args = ("convert", "export", source, target, "--hf", folder, "--layout", "tp2")
+    refused(tmp_path, *args, says=r"as this model, which has no place for mtp\.layers\..* \(and \d+ more\)")
+
+
+def test_what_training_keeps_beside_the_weights_is_left_alone(good, tmp_path):
+    """The optimizer's tensors, of which no Hugging Face folder knows."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    sharded_state = convert._sharded_state
+
+    def before() -> None:
+        moment = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg.embedding", torch.ones(4))
+        convert._sharded_state = lambda: {**sharded_state(), "optimizer": moment}
+
+    source, target = tmp_path / "megatron", tmp_path / "target"
+    assert goldengate(tmp_path, "convert", "import", good(), source, before=before).code == 0
+    ended = goldengate(tmp_path, "convert", "export", source, target, "--hf", good())
+    assert ended.code == 0, ended
+    with Checkpoint.open(good()) as a, Checkpoint.open(target) as b:
+        assert same_bytes(a, b) == []
+
+
 def test_a_folder_that_is_no_megatron_checkpoint_is_refused(good, tmp_path):
     """An empty folder, say."""
     (tmp_path / "empty").mkdir()

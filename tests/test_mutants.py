@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,8 +34,9 @@ from bridges.families.qwen2 import Qwen2Bridge, Qwen2MoeBridge
 from bridges.families.qwen3 import Qwen3Bridge, Qwen3MoeBridge
 from bridges.families.smollm3 import SmolLM3Bridge
 from bridges.mapping import Resolved
-from harness import goldens
+from harness import goldens, jobs
 from harness.checks import Bench, Subject, localise
+from harness.ranks import Ranks
 from harness.report import Cell
 from harness.sweep import verify
 
@@ -814,3 +816,48 @@ def test_an_export_fails_on_every_rank_when_one_cannot_write(monkeypatch):
     cell = verify("llama3", bridge=LlamaBridge, layouts=["tp2"], checks=["roundtrip"]).cells[0]
     assert cell.status == "error"
     assert "no space left on device" in cell.detail
+
+
+# Tensors that a bridge ignores.
+
+ROTARY = "model.layers.*.self_attn.rotary_emb.inv_freq"  # what transformers wrote for Llama before 2023
+
+
+def with_rotary(folder: Path) -> dict[str, torch.Tensor]:
+    """Adds them to a folder of one file; returns them."""
+    tensors = load_file(folder / "model.safetensors")
+    added = {ROTARY.replace("*", str(i)): torch.rand(8) + 1 for i in range(8)}
+    save_file(tensors | added, folder / "model.safetensors", {"format": "pt"})
+    return added
+
+
+def test_ignored_tensors_are_exported_as_they_are(tmp_path):
+    """Not as zeros. A bridge that does not say that it ignores them is refused."""
+    folder = toy_models.write("llama3", tmp_path / "hf", shards=1)
+    with_rotary(folder)
+    layouts, checks = ("tp1", "tp2-pp2"), ("complete", "roundtrip", "logits", "grads")
+    cells = run("llama3", ignoring(LlamaBridge, ROTARY), layouts, checks=checks, folder=folder)
+    assert_green(cells, layouts, checks)
+    assert cells["tp2-pp2", "complete"].detail.endswith("; 8 tensors ignored, as the bridge says")
+    [cell] = verify("llama3", layouts=["tp1"], checks=["roundtrip"], folder=folder).cells
+    assert cell.status == "error"
+    assert "rotary_emb.inv_freq is not used by any Megatron parameter (and 7 more)" in cell.detail
+
+
+def exported_live(key: str, folder: str) -> dict[str, torch.Tensor]:
+    """On a rank: what a weight synchronisation would get of a toy imported in tp2."""
+    jobs.build(folder, Layout(tp=2), key)
+    this = jobs.current()
+    return {name: tensor.clone() for name, tensor in this.bridge.export_hf_weights(this.chunks)}
+
+
+def test_ignored_tensors_are_in_a_live_export(tmp_path):
+    folder = toy_models.write("llama3", tmp_path / "hf", shards=1)
+    added = with_rotary(folder)
+    jobs.INHERITED_BRIDGES["ignoring"] = ignoring(LlamaBridge, ROTARY)
+    with Ranks() as ranks:
+        for found in ranks.run(2, exported_live, "ignoring", str(folder)):
+            assert all(
+                torch.equal(found[name], tensor) for name, tensor in load_file(folder / "model.safetensors").items()
+            )
+            assert found.keys() >= added.keys()
