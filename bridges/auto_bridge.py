@@ -26,8 +26,10 @@ from bridges.conversion import (
     matching,
     repeated_tensors,
     unwrap,
+    written,
 )
 from bridges.hf_pretrained import PreTrainedCausalLM
+from bridges.layout import Coords
 from bridges.mapping import MegatronMappingRegistry
 from bridges.model_bridge import ConfigError, MegatronModelBridge
 from bridges.plan import PlanError, Shape
@@ -177,28 +179,28 @@ class AutoBridge:
 
         Raises MappingError, PlanError or CheckpointError for the first tensor that is missing, left over, or unfit.
         """
-        source = self._source(hf_path)
-        tasks = self._tasks(model, source)
-        self._check_all_used(tasks, source)
+        source, tasks, _ = self._plan(model, hf_path)
         import_weights(tasks, source, lossy=lossy, progress=progress)
 
-    def _check_all_used(self, tasks: list[ConversionTask], source: Checkpoint) -> None:
-        used = everywhere(set().union(*(task.hf_names for task in tasks)))
+    def _plan(self, model, hf_path: str | os.PathLike | None) -> tuple[Checkpoint, list[ConversionTask], Coords]:
+        """What an import or export goes by, after the ranks have agreed that no tensor is left over."""
+        source = self._source(hf_path)
+        tasks = self._tasks(model, source)
+        _, coords = current_layout(_config(model))
+        used = everywhere(written(tasks, coords))  # each tensor has a writer; replicas stay silent
         if left := [name for name in self.mapped_shapes(source) if name not in used]:
             more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
             raise PlanError(
                 f"{source.path}: tensor {left[0]} is not used by any Megatron parameter{more}; map it in "
                 f"{type(self._model_bridge).__name__} or name it in IGNORED_TENSORS with a reason"
             )
+        return source, tasks, coords
 
     def export_hf_weights(
         self, model, cpu: bool = True, hf_path: str | os.PathLike | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole tensor) in the checkpoint's names, dtypes and order; all ranks must consume it together."""
-        source = self._source(hf_path)
-        tasks = self._tasks(model, source)
-        self._check_all_used(tasks, source)
-        _, coords = current_layout(_config(model))
+        source, tasks, coords = self._plan(model, hf_path)
         yield from live_export(tasks, coords, source, self.ignored_tensors(source), cpu=cpu)
 
     def save_hf_pretrained(
@@ -214,10 +216,7 @@ class AutoBridge:
         Every rank writes its own blocks in place; nothing carries its final name until all of it is written. Raises
         CheckpointError for a folder that is not empty or a disk that is too small, leaving nothing behind.
         """
-        source = self._source(hf_path)
-        tasks = self._tasks(model, source)
-        self._check_all_used(tasks, source)
-        _, coords = current_layout(_config(model))
+        source, tasks, coords = self._plan(model, hf_path)
         writer = CheckpointWriter(
             path,
             {

@@ -44,11 +44,6 @@ class ConversionTask:
     alias_of: str | None = None
     repeats: list[tuple[Copy, str]] = field(default_factory=list)
 
-    @property
-    def hf_names(self) -> set[str]:
-        """Every Hugging Face tensor that this task reads."""
-        return {copy.hf for copy in self.copies} | {name for _, name in self.repeats}
-
 
 def current_layout(provider) -> tuple[Layout, Coords]:
     """The layout and coordinates of this process, read from Megatron's groups."""
@@ -240,6 +235,11 @@ def is_writer(task: ConversionTask, coords: Coords) -> bool:
 def destinations(task: ConversionTask) -> list[tuple[Copy, str]]:
     """What an export writes: each copy with the Hugging Face tensor it goes to."""
     return [(copy, copy.hf) for copy in task.copies] + task.repeats
+
+
+def written(tasks: Iterable[ConversionTask], coords: Coords) -> set[str]:
+    """The Hugging Face tensors of which this rank is the writer of some block."""
+    return {name for task in tasks if is_writer(task, coords) for _, name in destinations(task)}
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 from megatron.core.models.gpt import experimental_attention_variant_module_specs as variant_specs
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from bridges.blocks import HF_LAYER, MEGATRON_LAYER
 from bridges.config_rules import Fields, Rule
@@ -90,14 +91,26 @@ def _sum_over(group, gradient: torch.Tensor) -> torch.Tensor:
 
 class _PlainNorm:
     """Builds the backend's norm so that it stores gamma itself, as published checkpoints do: Megatron would take it for
-    gamma - 1 like every other norm of the model, and gamma - 1 is not always a number of gamma's dtype."""
+    gamma - 1 like every other norm of the model, and gamma - 1 is not always a number of gamma's dtype. In a distributed
+    checkpoint it is `out_norm.gamma`, so that neither can be read for the other."""
 
     norm: Any
 
     def __new__(cls, config, hidden_size: int, eps: float):
         config = copy.copy(config)
         config.layernorm_zero_centered_gamma = False
-        return cls.norm(config=config, hidden_size=hidden_size, eps=eps)
+        norm = cls.norm(config=config, hidden_size=hidden_size, eps=eps)
+        norm.sharded_state_dict = partial(_sharded_gamma, norm)
+        return norm
+
+
+def _sharded_gamma(norm: torch.nn.Module, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
+    """As Megatron shards a module that says nothing of its own, but for the key."""
+    group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+    state = norm.state_dict(prefix="", keep_vars=True)
+    sharded = make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets, dp_cp_group=group)
+    sharded[f"{prefix}weight"].key = f"{prefix}gamma"
+    return sharded
 
 
 def _number(value: int | None) -> int:

@@ -490,6 +490,26 @@ def test_a_megatron_checkpoint_of_more_than_the_model_is_refused(good, copy, tmp
     refused(tmp_path, *args, says=r"as this model, which has no place for mtp\.layers\..* \(and \d+ more\)")
 
 
+def test_a_stock_checkpoint_of_gated_delta_nets_is_refused(good, tmp_path):
+    """Its inner norms hold gamma - 1 as out_norm.weight, where ours hold gamma."""
+    sharded_state, row = convert._sharded_state, "qwen3_next"
+
+    def before() -> None:
+        def stock():
+            state = sharded_state()
+            for tensors in state.values():
+                for tensor in tensors.values():
+                    tensor.key = tensor.key.replace("out_norm.gamma", "out_norm.weight")
+            return state
+
+        convert._sharded_state = stock
+
+    source, target = tmp_path / "megatron", tmp_path / "target"
+    assert goldengate(tmp_path, "convert", "import", good(row), source, before=before).code == 0
+    args = ("convert", "export", source, target, "--hf", good(row))
+    refused(tmp_path, *args, says=r"cannot load \S+/megatron as this model: .*out_norm\.gamma")
+
+
 def test_what_training_keeps_beside_the_weights_is_left_alone(good, tmp_path):
     """The optimizer's tensors, of which no Hugging Face folder knows."""
     from megatron.core.dist_checkpointing import ShardedTensor
