@@ -24,7 +24,11 @@ def _words(values):
 def pytest_xdist_auto_num_workers(config):
     """Tests share the cores; what measures time, or a GPU, runs alone."""
     alone = config.getoption("--run-gpu") or any("benchmarks" in Path(word).parts for word in config.args)
-    return 0 if alone else min(len(os.sched_getaffinity(0)), 8)
+    if alone:
+        return 0
+    from harness import workers
+
+    return workers.available()
 
 
 def pytest_configure(config):

@@ -84,7 +84,7 @@ def verify(
     json_file: JsonOption = None,
     html: Annotated[str | None, typer.Option(help="Write the report as one static page.")] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="That share the rows; as many as there are cores by default.")
+        int | None, typer.Option(min=1, help="That share the rows; as many as there are cores, up to 8, by default.")
     ] = None,
 ) -> None:
     """Check rows in layouts, on this machine, with Megatron-Core's own models and collectives."""
