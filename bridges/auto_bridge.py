@@ -19,11 +19,11 @@ from bridges.conversion import (
     Progress,
     build_tasks,
     current_layout,
-    everywhere,
     export_weights,
     import_weights,
     live_export,
     matching,
+    of_all_ranks,
     repeated_tensors,
     unwrap,
     written,
@@ -155,13 +155,13 @@ class AutoBridge:
         repeated = self.repeated_tensors(source, config, registry)
         return build_tasks(chunks, registry, self.mapped_shapes(source), config, repeated)
 
-    def ignored_tensors(self, source: Checkpoint) -> list[str]:
+    def ignored_tensors(self, source: Checkpoint) -> set[str]:
         """Those of the checkpoint that its bridge names in IGNORED_TENSORS: imports leave them, exports copy them."""
-        return matching(self._model_bridge.IGNORED_TENSORS, source.tensors)
+        return set(matching(self._model_bridge.IGNORED_TENSORS, source.tensors))
 
     def mapped_shapes(self, source: Checkpoint) -> dict[str, Shape]:
         """{tensor: shape} of all others."""
-        ignored = set(self.ignored_tensors(source))
+        ignored = self.ignored_tensors(source)
         return {name: info.shape for name, info in source.tensors.items() if name not in ignored}
 
     def repeated_tensors(
@@ -187,7 +187,7 @@ class AutoBridge:
         source = self._source(hf_path)
         tasks = self._tasks(model, source)
         _, coords = current_layout(_config(model))
-        used = everywhere(written(tasks, coords))  # each tensor has a writer; replicas stay silent
+        used = set().union(*of_all_ranks(written(tasks, coords)))  # each tensor has a writer; replicas stay silent
         if left := [name for name in self.mapped_shapes(source) if name not in used]:
             more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
             raise PlanError(
@@ -262,10 +262,6 @@ def _together(action) -> None:
             action()
         except Exception as caught:
             error = caught
-    errors = [error]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)  # a broadcast would let its source go on alone
-    for one in errors:
+    for one in of_all_ranks(error):
         if one is not None:
             raise one

@@ -160,13 +160,14 @@ def matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
     return [name for name in names if any(pattern.fullmatch(name) for pattern in compiled)]
 
 
-def everywhere(names: set[str]) -> set[str]:
-    """The names of all ranks together."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, names)
-        return set().union(*gathered)
-    return names
+def of_all_ranks(value: Any) -> list[Any]:
+    """What each rank gave, on every rank. Nobody goes on before all have come: a broadcast would let its source go on
+    alone."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def box_view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
@@ -260,7 +261,7 @@ def export_weights(
 
 @torch.no_grad()
 def live_export(
-    tasks: Sequence[ConversionTask], coords: Coords, source: Checkpoint, ignored: Sequence[str], *, cpu: bool
+    tasks: Sequence[ConversionTask], coords: Coords, source: Checkpoint, ignored: set[str], *, cpu: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(hf name, whole tensor) one by one on every rank, fed by collectives: for weight synchronisation. Names, shapes and
     dtypes are the source's, and so are the values of what is `ignored`.

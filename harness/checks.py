@@ -45,9 +45,9 @@ class Outcome:
     detail: str
 
 
-def first_few(lines: Sequence[str]) -> str:
-    """The first four of what is wrong and how many more there are; empty for nothing."""
-    return "; ".join(lines[:4]) + (f" (and {len(lines) - 4} more)" if len(lines) > 4 else "")
+def first_few(lines: Sequence[str], most: int = 4) -> str:
+    """The first `most` of what is wrong and how many more there are; empty for nothing."""
+    return "; ".join(lines[:most]) + (f" (and {len(lines) - most} more)" if len(lines) > most else "")
 
 
 @dataclass

@@ -21,9 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bridges import AutoBridge, CheckpointError, Layout, cpu_substitutions
 from bridges.checkpoint import Checkpoint, same_bytes
-from bridges.conversion import everywhere
+from bridges.conversion import of_all_ranks
 from bridges.provider import ensure_process_groups
 from harness import jobs
+from harness.checks import first_few
 from harness.ranks import Ranks
 from harness.sweep import quiet
 
@@ -264,11 +265,10 @@ def _load(source: str) -> None:
 
     with _reason(f"cannot load {source} as this model"):
         state: Any = dist_checkpointing.load(_sharded_state(), source)
-    wanted = everywhere({tensor.key for tensor in jobs.sharded_tensors()})
+    wanted = set().union(*of_all_ranks({tensor.key for tensor in jobs.sharded_tensors()}))
     held = (name for name in dist_checkpointing.load_tensors_metadata(source) if not OPTIMIZER.match(name))
     if extra := sorted(set(held) - wanted):
-        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-        raise CheckpointError(f"cannot load {source} as this model, which has no place for {extra[0]}{more}")
+        raise CheckpointError(f"cannot load {source} as this model, which has no place for {first_few(extra, 1)}")
     for key, chunk in jobs.current().keyed_chunks():
         chunk.load_state_dict(state[key], strict=False)
 

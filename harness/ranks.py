@@ -185,11 +185,11 @@ def _one_event_loop() -> None:
 def _join_world(rank: int, world_size: int, folder: Path) -> None:
     gpu = torch.cuda.is_available()
     store = torch.distributed.FileStore(str(folder / "store"), world_size)
-    if not gpu:
-        _one_event_loop()
-    else:
+    if gpu:
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # read when CUDA starts: without it Transformer Engine's fp32 is TF32
         torch.cuda.set_device(rank)
+    else:
+        _one_event_loop()
     torch.distributed.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world_size)
 
 

@@ -32,6 +32,7 @@ from harness.compare import relative_rms
 
 ROOT = Path(__file__).parents[1]
 CPU = Machine(torch.device("cpu"), toy=True, fused=False)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are a GPU's")
 
 
 def record(process: int = 0, seconds: float = 1.0, **changes) -> dict:
@@ -614,10 +615,9 @@ def causes_of_products() -> Causes:
 
 
 @pytest.mark.gpu
+@needs_gpu
 def test_causes_of_known_kernels(ranks):
     """The profiler's kernels are those that ran, in seconds."""
-    if not torch.cuda.is_available():
-        pytest.skip("kernels are a GPU's")
     [found] = ranks.run(1, causes_of_products)
     assert found.kinds.keys() >= {"matrix products", "copies"}
     assert 0.5 * found.total < found.kinds["matrix products"] < 1.2 * found.total
@@ -645,11 +645,10 @@ def loss_and_gradients(model, fused: bool) -> tuple[torch.Tensor, dict[str, torc
 
 
 @pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("model", [m for m in MODELS if m.name != "gdn"], ids=lambda model: model.name)
 def test_fused_kernels_change_no_result(model, ranks):
     """Losses and every gradient in fp32. The fields of gdn are those of moe."""
-    if not torch.cuda.is_available():
-        pytest.skip("fused kernels are a GPU's")
     [(loss, gradients)] = ranks.run(1, loss_and_gradients, model, False)
     [(fused, theirs)] = ranks.run(1, loss_and_gradients, model, True)
     assert torch.isfinite(loss).all()

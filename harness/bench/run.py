@@ -47,13 +47,13 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     clock.seconds.clear()
     runner(clock.round, rounds=rounds, warmup_rounds=0, iterations=1)
-    timed_rounds = list(clock.seconds)
+    timing = timed(clock.seconds)
     if explain and device.type == "cuda":
-        explain(split(*watched(clock.run), steps=INPUT_SETS, seconds=statistics.median(timed_rounds)))
+        explain(split(*watched(clock.run), steps=INPUT_SETS, seconds=timing["median_s"]))
     hardware, causal = (selected(case, built.count(c)) for c in ("hardware", "causal"))
     work = sum(hardware.values())
     return {
-        **timed(timed_rounds),
+        **timing,
         **named(case.name, {**built.settings(), "loop": LOOP}),
         "flops": {
             "convention": "hardware",
@@ -63,7 +63,7 @@ def measure(
             "causal_total": sum(causal.values()),
         },
         "bytes": subject.bytes,
-        **rates(work, statistics.median(timed_rounds), ceiling),
+        **rates(work, timing["median_s"], ceiling),
         "bytes_per_s": None,
         "roofline": roofline(work, subject.bytes, ceiling),
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
