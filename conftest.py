@@ -58,7 +58,7 @@ def pytest_generate_tests(metafunc):
     if not {"row", "layout", "check"} <= set(metafunc.fixturenames):
         return
     import toy_models
-    from harness.checks import CHECKS
+    from harness.checks.basic import CHECKS
     from harness.sweep import layouts_of
 
     config = metafunc.config
@@ -85,8 +85,8 @@ def ranks():
     """Pools of forked ranks, shared by all tests of the session."""
     import torch
 
-    from bridges import cpu_substitutions
-    from harness.ranks import Ranks
+    from bridges.providers import cpu_substitutions
+    from harness.ranks.pool import Ranks
     from harness.sweep import quiet
 
     quiet()

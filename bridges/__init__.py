@@ -10,11 +10,8 @@ with _warnings.catch_warnings():
     from bridges import families as _families  # noqa: F401 - registers every family
 
 from bridges.auto_bridge import AutoBridge
-from bridges.checkpoint import CheckpointError
-from bridges.gdn import GatedDeltaNetProvider
-from bridges.hf_pretrained import SAFE_REPOS, PreTrainedCausalLM, is_safe_repo
-from bridges.layout import Layout, LayoutError
-from bridges.mapping import (
+from bridges.checkpoints.reader import CheckpointError
+from bridges.conversion.mapping import (
     AutoMapping,
     ColumnParallelMapping,
     ConcatenatedGatedMLPMapping,
@@ -28,10 +25,13 @@ from bridges.mapping import (
     ReplicatedMapping,
     RowParallelMapping,
 )
-from bridges.mla import MLAModelProvider
+from bridges.conversion.plan import PlanError
+from bridges.hf_pretrained import SAFE_REPOS, PreTrainedCausalLM, is_safe_repo
+from bridges.layout import Layout, LayoutError
+from bridges.mechanisms.gdn import GatedDeltaNetProvider
+from bridges.mechanisms.mla import MLAModelProvider
 from bridges.model_bridge import ConfigError, MegatronModelBridge
-from bridges.plan import PlanError
-from bridges.provider import GPTModelProvider
+from bridges.providers.provider import GPTModelProvider
 
 __all__ = [
     "SAFE_REPOS",

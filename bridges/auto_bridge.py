@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig
 
-from bridges.checkpoint import Checkpoint, CheckpointError
-from bridges.checkpoint_writer import CheckpointWriter
-from bridges.conversion import (
+from bridges.checkpoints.reader import Checkpoint, CheckpointError
+from bridges.checkpoints.writer import CheckpointWriter
+from bridges.conversion.mapping import MegatronMappingRegistry
+from bridges.conversion.plan import PlanError, Shape
+from bridges.conversion.tasks import (
     ConversionTask,
     Progress,
     build_tasks,
@@ -30,10 +32,8 @@ from bridges.conversion import (
 )
 from bridges.hf_pretrained import PreTrainedCausalLM
 from bridges.layout import Coords
-from bridges.mapping import MegatronMappingRegistry
 from bridges.model_bridge import ConfigError, MegatronModelBridge
-from bridges.plan import PlanError, Shape
-from bridges.provider import GPTModelProvider
+from bridges.providers.provider import GPTModelProvider
 
 # Beside the weights, an exported model needs these files of its source.
 COPIED_FILES = (

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING as HF_CONFIG_CLASSES
 from transformers import AutoConfig, PreTrainedConfig
 
-from bridges.checkpoint import Checkpoint, CheckpointError
+from bridges.checkpoints.reader import Checkpoint, CheckpointError
 from bridges.model_bridge import ConfigError, MegatronModelBridge
 
 # Organisations whose hub repositories may run their own code without being asked for each.

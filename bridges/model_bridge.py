@@ -19,8 +19,8 @@ from transformers import CONFIG_MAPPING as HF_CONFIG_CLASSES
 from transformers import PreTrainedConfig
 
 from bridges.config_rules import DTYPE, HEAD_DIM, ROPE, WINDOW, Rule, dtype_from_hf
-from bridges.mapping import MegatronMappingRegistry
-from bridges.provider import GPTModelProvider
+from bridges.conversion.mapping import MegatronMappingRegistry
+from bridges.providers.provider import GPTModelProvider
 
 logger = logging.getLogger("goldengate")
 

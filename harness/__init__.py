@@ -10,7 +10,7 @@ os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 
 def __getattr__(name: str) -> Any:
-    """`from harness import verify` without importing Megatron for those who only want, say, harness.compare."""
+    """`from harness import verify` without importing Megatron for those who only want, say, harness.reference.compare."""
     if name == "verify":
         from harness.sweep import verify
 

@@ -52,7 +52,7 @@ def families(json_file: JsonOption = None) -> None:
     from rich.table import Table
 
     import toy_models
-    from harness import goldens
+    from harness.reference import goldens
     from harness.sweep import describe, layouts_of
 
     rows = [
@@ -91,8 +91,9 @@ def verify(
     from rich.console import Console
 
     import toy_models
-    from harness import goldens, workers
-    from harness.report import ProgressPrinter, print_table
+    from harness import workers
+    from harness.reference import goldens
+    from harness.report.cells import ProgressPrinter, print_table
     from harness.sweep import verify_rows
 
     chosen = rows or toy_models.rows()
@@ -171,7 +172,7 @@ def golden_regen(
     from transformers.utils.logging import disable_progress_bar
 
     import toy_models
-    from harness import goldens
+    from harness.reference import goldens
 
     if bool(rows) == every:
         raise ValueError("name the rows whose golden is to be made anew, or say --all")
@@ -185,7 +186,7 @@ def golden_diff(rows: Rows = None) -> None:
     """What a regeneration would change; exit 1 when it would change logits by more than the row's gate."""
     from transformers.utils.logging import disable_progress_bar
 
-    from harness import goldens
+    from harness.reference import goldens
 
     disable_progress_bar()
     drifted = False
@@ -199,7 +200,7 @@ def golden_diff(rows: Rows = None) -> None:
 @golden_app.command("list")
 def golden_list(json_file: JsonOption = None) -> None:
     """Every golden with its gate, noise and versions; exit 1 for missing and orphaned ones."""
-    from harness import goldens
+    from harness.reference import goldens
 
     rows = [
         {"row": row, **goldens.load(row).provenance} for row in goldens.list_goldens() if row not in goldens.orphans()

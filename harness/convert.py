@@ -19,13 +19,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bridges import AutoBridge, CheckpointError, Layout, cpu_substitutions
-from bridges.checkpoint import Checkpoint, same_bytes
-from bridges.conversion import of_all_ranks
-from bridges.provider import ensure_process_groups
-from harness import jobs
-from harness.checks import first_few
-from harness.ranks import Ranks
+from bridges import AutoBridge, CheckpointError, Layout
+from bridges.checkpoints.reader import Checkpoint, same_bytes
+from bridges.conversion.tasks import of_all_ranks
+from bridges.providers import cpu_substitutions
+from bridges.providers.provider import ensure_process_groups
+from harness.checks.basic import first_few
+from harness.ranks import jobs
+from harness.ranks.pool import Ranks
 from harness.sweep import quiet
 
 DEADLINE_S = 24 * 3600.0

@@ -17,16 +17,18 @@ from pathlib import Path
 import torch
 
 import toy_models
-from bridges import Layout, LayoutError, MegatronModelBridge, cpu_substitutions
-from harness import checks as basic
-from harness import jobs, layouts, workers
-from harness.bf16 import check_bf16
-from harness.checks import CHECKS, Bench, NotApplicable, Outcome, Subject
-from harness.complete import check_complete
+from bridges import Layout, LayoutError, MegatronModelBridge
+from bridges.providers import cpu_substitutions
+from harness import layouts, workers
+from harness.checks import basic
+from harness.checks.basic import CHECKS, Bench, NotApplicable, Outcome, Subject
+from harness.checks.bf16 import check_bf16
+from harness.checks.complete import check_complete
+from harness.checks.grads import check_grads
 from harness.flops.proof import check_flops
-from harness.grads import check_grads
-from harness.ranks import RankError, Ranks
-from harness.report import Cell, Report
+from harness.ranks import jobs
+from harness.ranks.pool import RankError, Ranks
+from harness.report.cells import Cell, Report
 
 # `flops` and `bf16` run when they are asked for: tests do, on the CPU the one, on a GPU the other.
 FUNCTIONS: dict[str, Callable[[Bench], Outcome]] = {

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from bridges import Layout
-from harness.report import Cell
+from harness.report.cells import Cell
 
 Verify = Callable[..., Any]  # verify_rows of a share of the rows, with the callback `cell`
 

@@ -21,7 +21,7 @@ from bridges import (
     ReplicatedMapping,
     RowParallelMapping,
 )
-from bridges.checkpoint import DTYPES, SINGLE_FILE
+from bridges.checkpoints.reader import DTYPES, SINGLE_FILE
 
 
 @st.composite

@@ -28,9 +28,10 @@ from transformers import dynamic_module_utils
 
 import toy_models
 from bridges import AutoBridge
-from bridges.checkpoint import Checkpoint, same_bytes
-from harness import cli, convert, goldens
-from harness.ranks import Ranks
+from bridges.checkpoints.reader import Checkpoint, same_bytes
+from harness import cli, convert
+from harness.ranks.pool import Ranks
+from harness.reference import goldens
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Q = "model.layers.3.self_attn.q_proj.weight"

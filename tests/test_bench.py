@@ -21,14 +21,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridges import Layout
-from harness import cli, jobs
+from harness import cli
 from harness.bench import environment, ledger, measure, run, verdict
 from harness.bench.cases import CASES, CONVERSION, MODELS
 from harness.bench.causes import Causes, kind_of, split, watched
 from harness.bench.ledger import LedgerError
 from harness.bench.published import PUBLISHED
 from harness.bench.subject import Machine, Subject, build, selected
-from harness.compare import relative_rms
+from harness.ranks import jobs
+from harness.reference.compare import relative_rms
 
 ROOT = Path(__file__).parents[1]
 CPU = Machine(torch.device("cpu"), toy=True, fused=False)

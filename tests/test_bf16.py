@@ -6,11 +6,11 @@ import torch
 
 import toy_models
 from bridges.config_rules import ROPE, Rule
+from bridges.conversion.mapping import AutoMapping, MegatronMappingRegistry
 from bridges.families.llama import LlamaBridge
 from bridges.families.qwen3 import Qwen3MoeBridge
-from bridges.mapping import AutoMapping, MegatronMappingRegistry
-from harness import jobs
-from harness.bf16 import NO_KERNEL, hf_choices, judge, otherwise, token_errors
+from harness.checks.bf16 import NO_KERNEL, hf_choices, judge, otherwise, token_errors
+from harness.ranks import jobs
 from harness.sweep import verify
 
 NONE = np.zeros((2, 16), bool)

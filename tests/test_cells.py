@@ -3,7 +3,7 @@
 import pytest
 
 from bridges import LayoutError
-from harness.checks import CHECKS, Bench, NotApplicable, Subject
+from harness.checks.basic import CHECKS, Bench, NotApplicable, Subject
 from harness.sweep import FUNCTIONS
 
 

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from bridges.checkpoint import (
+from bridges.checkpoints.reader import (
     DTYPES,
     INDEX_FILE,
     SINGLE_FILE,
@@ -30,7 +30,7 @@ from bridges.checkpoint import (
     same_bytes,
     source_digest,
 )
-from bridges.checkpoint_writer import CheckpointWriter
+from bridges.checkpoints.writer import CheckpointWriter
 from tests.strategies import checkpoint_files
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

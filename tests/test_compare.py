@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from harness.compare import compare, relative_rms
+from harness.reference.compare import compare, relative_rms
 
 ONES = torch.ones(2, 3, 4)
 

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from bridges import GPTModelProvider, Layout, cpu_substitutions
-from bridges.cpu_backend import (
+from bridges import GPTModelProvider, Layout
+from bridges.providers import cpu_substitutions
+from bridges.providers.cpu_backend import (
     ColumnLinear,
     CoreAttention,
     DuplicatedLinear,
@@ -25,8 +26,8 @@ from bridges.cpu_backend import (
     RowLinear,
     zigzag_positions,
 )
-from bridges.provider import ensure_process_groups
-from harness import jobs
+from bridges.providers.provider import ensure_process_groups
+from harness.ranks import jobs
 
 # -- substitutions -------------------------------------------------------------------------------------------------------
 

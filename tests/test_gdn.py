@@ -9,15 +9,17 @@ from safetensors.torch import load_file, save_file
 from transformers.models.qwen3_next.modeling_qwen3_next import l2norm as hf_l2norm
 
 import toy_models
-from bridges import Layout, LayoutError, Mapping, Part, cpu_substitutions, gdn
-from bridges.blocks import either
-from bridges.checkpoint import Checkpoint, same_bytes
-from bridges.cpu_backend import l2norm
+from bridges import Layout, LayoutError, Mapping, Part
+from bridges.checkpoints.reader import Checkpoint, same_bytes
+from bridges.conversion.mapping import AutoMapping, MegatronMappingRegistry
 from bridges.families.qwen3_5 import Qwen3_5Bridge
 from bridges.families.qwen3_next import Qwen3NextBridge
-from bridges.mapping import AutoMapping, MegatronMappingRegistry
-from harness import jobs
-from harness.ranks import RankError, Ranks
+from bridges.mechanisms import gdn
+from bridges.mechanisms.blocks import either
+from bridges.providers import cpu_substitutions
+from bridges.providers.cpu_backend import l2norm
+from harness.ranks import jobs
+from harness.ranks.pool import RankError, Ranks
 from harness.sweep import mechanisms, verify
 from tests import test_mutants
 from tests.test_cpu_backend import needs_no_gpu

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import toy_models
-from harness import goldens
-from harness.compare import relative_rms
-from harness.gradients import PROJECTIONS
+from harness.reference import goldens
+from harness.reference.compare import relative_rms
+from harness.reference.gradients import PROJECTIONS
 from toy_models import builder
 
 ROWS = toy_models.rows()

@@ -10,13 +10,16 @@ from megatron.core.distributed import DistributedDataParallel
 from safetensors.torch import save_file
 
 import toy_models
-from bridges import Layout, cpu_backend
+from bridges import Layout
+from bridges.conversion.mapping import MegatronMappingRegistry, QKVMapping
+from bridges.conversion.views import Box
 from bridges.families.llama import LlamaBridge
-from bridges.mapping import MegatronMappingRegistry, QKVMapping
-from bridges.views import Box
-from harness import goldens, grads, jobs, training
-from harness.gradients import compare_fingerprints, cotangents, fingerprints, hf_gradients
-from harness.ranks import RankError
+from bridges.providers import cpu_backend
+from harness.checks import grads
+from harness.ranks import jobs, training
+from harness.ranks.pool import RankError
+from harness.reference import goldens
+from harness.reference.gradients import compare_fingerprints, cotangents, fingerprints, hf_gradients
 from harness.sweep import verify, verify_rows
 
 Q, K = "model.layers.*.self_attn.q_proj.weight", "model.layers.*.self_attn.k_proj.weight"

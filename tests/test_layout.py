@@ -16,13 +16,13 @@ from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_thi
 
 import toy_models
 from bridges import AutoBridge, GPTModelProvider, Layout, LayoutError
-from bridges.conversion import current_layout
-from bridges.cpu_backend import zigzag_positions
+from bridges.conversion.tasks import current_layout
 from bridges.hf_pretrained import load_config
 from bridges.layout import Coords
-from bridges.provider import ensure_process_groups
-from harness import jobs
+from bridges.providers.cpu_backend import zigzag_positions
+from bridges.providers.provider import ensure_process_groups
 from harness.layouts import DENSE_AXES, EXPERT_AXES, MAX_RANKS, choose, covering
+from harness.ranks import jobs
 from harness.sweep import has_experts
 from tests.strategies import layouts
 

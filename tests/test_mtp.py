@@ -9,12 +9,13 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 
 import toy_models
-from bridges import AutoBridge, MegatronMappingRegistry, mtp
+from bridges import AutoBridge, MegatronMappingRegistry
+from bridges.conversion.mapping import AutoMapping, Part
 from bridges.families.deepseek import DeepseekV3Bridge
 from bridges.families.mimo import MiMoBridge
-from bridges.mapping import AutoMapping, Part
-from harness import goldens
-from harness.compare import relative_rms
+from bridges.mechanisms import mtp
+from harness.reference import goldens
+from harness.reference.compare import relative_rms
 from harness.sweep import verify
 
 ROW = "deepseek_v3"

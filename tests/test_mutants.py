@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 
 import toy_models
 from bridges import AutoMapping, GatedMLPMapping, Layout, Mapping, MegatronModelBridge, Part, auto_bridge
-from bridges.checkpoint_writer import CheckpointWriter
+from bridges.checkpoints.writer import CheckpointWriter
 from bridges.config_rules import NO_ROPE_LAYERS, WINDOW, Rule
+from bridges.conversion.mapping import Resolved
 from bridges.families.bailing import BailingMoeV2Bridge
 from bridges.families.deepseek import DeepseekV2Bridge, DeepseekV3Bridge
 from bridges.families.dots1 import Dots1Bridge
@@ -33,11 +34,11 @@ from bridges.families.mistral import MistralBridge, MixtralBridge
 from bridges.families.qwen2 import Qwen2Bridge, Qwen2MoeBridge
 from bridges.families.qwen3 import Qwen3Bridge, Qwen3MoeBridge
 from bridges.families.smollm3 import SmolLM3Bridge
-from bridges.mapping import Resolved
-from harness import goldens, jobs
-from harness.checks import Bench, Subject, localise
-from harness.ranks import Ranks
-from harness.report import Cell
+from harness.checks.basic import Bench, Subject, localise
+from harness.ranks import jobs
+from harness.ranks.pool import Ranks
+from harness.reference import goldens
+from harness.report.cells import Cell
 from harness.sweep import verify
 
 CHECKS = ("config", "complete", "roundtrip", "logits", "reload")

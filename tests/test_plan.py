@@ -13,12 +13,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from bridges import GatedMLPMapping, Layout, MegatronMappingRegistry, PlanError, QKVMapping
-from bridges.conversion import box_view
+from bridges.conversion.mapping import REPLICATED
+from bridges.conversion.plan import Copy, Parameter, Shard, copies, local_shape, prove, prove_layout
+from bridges.conversion.tasks import box_view
+from bridges.conversion.views import Box
 from bridges.families.llama import LlamaBridge
 from bridges.families.qwen3 import Qwen3MoeBridge
-from bridges.mapping import REPLICATED
-from bridges.plan import Copy, Parameter, Shard, copies, local_shape, prove, prove_layout
-from bridges.views import Box
 from tests.strategies import CONVERSIONS, Conversion, conversions
 
 # -- a conversion on real tensors --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bridges.auto_bridge import _together
-from harness.ranks import Pool, RankError, Ranks
+from harness.ranks.pool import Pool, RankError, Ranks
 
 
 def hello(word: str) -> tuple[str, int, int, int]:

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from harness.html import page
-from harness.report import Cell, ProgressPrinter, Report, number, print_table
+from harness.report.cells import Cell, ProgressPrinter, Report, number, print_table
+from harness.report.page import page
 
 HOSTILE = """<script>alert("1")</script> ' & </td> {{headline}} [bold]x[/bold] [/] é ✓"""
 SKIP = "no experts, so no expert parallelism"

@@ -17,8 +17,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeTopKRouter
 
 import toy_models
-from bridges import AutoBridge, ConfigError, GPTModelProvider, PreTrainedCausalLM, routing
+from bridges import AutoBridge, ConfigError, GPTModelProvider, PreTrainedCausalLM
 from bridges.hf_pretrained import PublishedConfig, load_config
+from bridges.providers import routing
 
 E, H, TOKENS = 16, 8, 257
 

@@ -44,9 +44,9 @@ from bridges import (
     is_safe_repo,
     model_bridge,
 )
-from bridges.checkpoint import Checkpoint, same_bytes
-from harness import jobs
-from harness.compare import relative_rms
+from bridges.checkpoints.reader import Checkpoint, same_bytes
+from harness.ranks import jobs
+from harness.reference.compare import relative_rms
 
 
 @contextmanager

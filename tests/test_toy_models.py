@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import toy_models
-from harness.compare import relative_rms
+from harness.reference.compare import relative_rms
 from toy_models import builder, checkpoint
 from toy_models.randomise import kind_of, named_tensors, random_blocks
 from toy_models.reference import native_config, publish, restore

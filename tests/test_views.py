@@ -23,8 +23,8 @@ from bridges import (
     ReplicatedMapping,
     RowParallelMapping,
 )
-from bridges.mapping import COLUMN, REPLICATED, ROW
-from bridges.views import ViewError, bind, fuse, parse, slice_flat
+from bridges.conversion.mapping import COLUMN, REPLICATED, ROW
+from bridges.conversion.views import ViewError, bind, fuse, parse, slice_flat
 
 # -- parse -------------------------------------------------------------------------------------------------------------
 

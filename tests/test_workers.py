@@ -8,7 +8,7 @@ import pytest
 
 from bridges import Layout
 from harness import workers
-from harness.report import Cell
+from harness.report.cells import Cell
 from harness.sweep import verify_rows
 
 ROWS = ["a", "b", "c", "d", "e"]

@@ -6,9 +6,9 @@ modeling_sarvam_moe; the computation is GLM-4.5's.
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from bridges.blocks import attention, embeddings, gated_mlp, moe
 from bridges.config_rules import FIRST_K_DENSE, GROUPS, HF, SIGMOID_ROUTER, Fields, Rule, shared_experts
-from bridges.mapping import MegatronMappingRegistry
+from bridges.conversion.mapping import MegatronMappingRegistry
+from bridges.mechanisms.blocks import attention, embeddings, gated_mlp, moe
 from bridges.model_bridge import MegatronModelBridge
 
 # What both config.json files state beside the fields of CONFIG_MAPPING.

@@ -3,10 +3,10 @@
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 
-from bridges import mla, mtp
-from bridges.blocks import embeddings, gated_mlp, moe
 from bridges.config_rules import FIRST_K_DENSE, GROUPS, SHARED_EXPERTS, SIGMOID_ROUTER, TOPK_METHOD
-from bridges.mapping import MegatronMappingRegistry
+from bridges.conversion.mapping import MegatronMappingRegistry
+from bridges.mechanisms import mla, mtp
+from bridges.mechanisms.blocks import embeddings, gated_mlp, moe
 from bridges.model_bridge import MegatronModelBridge
 
 BIAS = "gate.e_score_correction_bias"

@@ -3,9 +3,9 @@
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Dots1ForCausalLM
 
-from bridges.blocks import attention, embeddings, gated_mlp, moe
 from bridges.config_rules import FIRST_K_DENSE, GROUPS, SHARED_EXPERTS, SIGMOID_ROUTER
-from bridges.mapping import MegatronMappingRegistry
+from bridges.conversion.mapping import MegatronMappingRegistry
+from bridges.mechanisms.blocks import attention, embeddings, gated_mlp, moe
 from bridges.model_bridge import MegatronModelBridge
 
 

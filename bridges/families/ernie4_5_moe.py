@@ -3,9 +3,9 @@
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Ernie4_5_MoeForCausalLM
 
-from bridges.blocks import MEGATRON_LAYER, attention, embeddings, gated_mlp, moe
 from bridges.config_rules import HF, Fields, Rule, shared_experts
-from bridges.mapping import REPLICATED, Mapping, MegatronMappingRegistry, Part
+from bridges.conversion.mapping import REPLICATED, Mapping, MegatronMappingRegistry, Part
+from bridges.mechanisms.blocks import MEGATRON_LAYER, attention, embeddings, gated_mlp, moe
 from bridges.model_bridge import MegatronModelBridge
 
 

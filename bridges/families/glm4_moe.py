@@ -3,11 +3,11 @@
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Glm4MoeForCausalLM, Glm4MoeLiteForCausalLM
 
-from bridges import mla, mtp
-from bridges.blocks import attention, embeddings, gated_mlp, moe
 from bridges.config_rules import FIRST_K_DENSE, GROUPS, MLP_LAYER_TYPES, SHARED_EXPERTS, SIGMOID_ROUTER
+from bridges.conversion.mapping import MegatronMappingRegistry
 from bridges.families.deepseek import BIAS, DeepseekV3Bridge
-from bridges.mapping import MegatronMappingRegistry
+from bridges.mechanisms import mla, mtp
+from bridges.mechanisms.blocks import attention, embeddings, gated_mlp, moe
 from bridges.model_bridge import MegatronModelBridge
 
 

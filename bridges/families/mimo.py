@@ -2,9 +2,9 @@
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from bridges import mtp
-from bridges.blocks import attention, embeddings, gated_mlp
-from bridges.mapping import MegatronMappingRegistry
+from bridges.conversion.mapping import MegatronMappingRegistry
+from bridges.mechanisms import mtp
+from bridges.mechanisms.blocks import attention, embeddings, gated_mlp
 from bridges.model_bridge import MegatronModelBridge
 
 

@@ -3,8 +3,8 @@
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Phi3ForCausalLM
 
-from bridges.blocks import attention, embeddings, gated_mlp
-from bridges.mapping import MegatronMappingRegistry
+from bridges.conversion.mapping import MegatronMappingRegistry
+from bridges.mechanisms.blocks import attention, embeddings, gated_mlp
 from bridges.model_bridge import MegatronModelBridge
 
 

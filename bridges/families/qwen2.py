@@ -3,9 +3,9 @@
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Qwen2ForCausalLM, Qwen2MoeForCausalLM
 
-from bridges.blocks import attention, embeddings, gated_mlp, moe
 from bridges.config_rules import MOE_LAYERS, NORM_TOPK
-from bridges.mapping import MegatronMappingRegistry
+from bridges.conversion.mapping import MegatronMappingRegistry
+from bridges.mechanisms.blocks import attention, embeddings, gated_mlp, moe
 from bridges.model_bridge import MegatronModelBridge
 
 

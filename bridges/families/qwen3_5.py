@@ -7,9 +7,9 @@ a text model made from scratch; experts are published fused, and saved one by on
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM
 
-from bridges import gdn, mtp
-from bridges.blocks import attention, either, embeddings, fused_experts, gated_mlp, moe
-from bridges.mapping import Mapping, MegatronMappingRegistry
+from bridges.conversion.mapping import Mapping, MegatronMappingRegistry
+from bridges.mechanisms import gdn, mtp
+from bridges.mechanisms.blocks import attention, either, embeddings, fused_experts, gated_mlp, moe
 from bridges.model_bridge import MegatronModelBridge
 
 

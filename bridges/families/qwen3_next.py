@@ -3,12 +3,12 @@
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Qwen3NextForCausalLM
 
-from bridges import gdn, mtp
-from bridges.blocks import attention, embeddings, gated_mlp, moe
 from bridges.config_rules import MOE_LAYERS, NORM_TOPK
-from bridges.mapping import MegatronMappingRegistry
+from bridges.conversion.mapping import MegatronMappingRegistry
+from bridges.mechanisms import gdn, mtp
+from bridges.mechanisms.blocks import attention, embeddings, gated_mlp, moe
 from bridges.model_bridge import MegatronModelBridge
-from bridges.provider import GPTModelProvider
+from bridges.providers.provider import GPTModelProvider
 
 
 @MegatronModelBridge.register_bridge(

@@ -3,10 +3,10 @@ sarvamai's configuration_sarvam_moe.SarvamMLAConfig."""
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from bridges import mla
 from bridges.config_rules import FIRST_K_DENSE, GROUPS, SIGMOID_ROUTER, shared_experts
 from bridges.families.bailing import FIXED, ROUTING, SHARED_WIDTH
 from bridges.families.deepseek import LatentMoeBridge
+from bridges.mechanisms import mla
 from bridges.model_bridge import MegatronModelBridge
 
 

@@ -3,9 +3,9 @@
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import SmolLM3ForCausalLM
 
-from bridges.blocks import attention, embeddings, gated_mlp
 from bridges.config_rules import NO_ROPE_LAYERS
-from bridges.mapping import MegatronMappingRegistry
+from bridges.conversion.mapping import MegatronMappingRegistry
+from bridges.mechanisms.blocks import attention, embeddings, gated_mlp
 from bridges.model_bridge import MegatronModelBridge
 
 

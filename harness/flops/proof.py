@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from harness import jobs, training
-from harness.checks import Bench, Outcome, Subject, first_few
+from harness.checks.basic import Bench, Outcome, Subject, first_few
 from harness.flops.counter import Counted, counting
 from harness.flops.model import flops
 from harness.flops.run import Part
+from harness.ranks import jobs, training
 
 # Module inside a layer (and operation, where a module's own code does several things) -> part.
 PARTS: tuple[tuple[str, str], ...] = (

@@ -19,9 +19,9 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bridges import cpu_substitutions, routing
 from bridges.layout import Layout, LayoutError
-from bridges.rope import Rotary, inverse_frequencies
+from bridges.providers import cpu_substitutions, routing
+from bridges.providers.rope import Rotary, inverse_frequencies
 
 
 @dataclass
@@ -144,7 +144,9 @@ class GPTModelProvider(TransformerConfig):
             self.pipeline_model_parallel_layout = chunks
         routing.check(self)
         biased_softmax = routing.biased_softmax(self)
-        self.moe_router_enable_expert_bias &= not biased_softmax  # Megatron refuses what bridges.routing adds to it
+        self.moe_router_enable_expert_bias &= (
+            not biased_softmax
+        )  # Megatron refuses what bridges.providers.routing adds to it
         super().__post_init__()
         self.moe_router_enable_expert_bias |= biased_softmax
         self.rope_frequencies()  # an unknown kind of rope should fail here, not in the forward
@@ -173,7 +175,7 @@ class GPTModelProvider(TransformerConfig):
         return frequencies
 
     def layer_spec(self, vp_stage: int | None) -> Any:
-        """Megatron's own block spec; on a CPU its Transformer Engine modules are those of bridges.cpu_backend."""
+        """Megatron's own block spec; on a CPU its Transformer Engine modules are those of bridges.providers.cpu_backend."""
         return gpt_layer_specs.get_gpt_decoder_block_spec(self, use_transformer_engine=True, vp_stage=vp_stage)
 
     def mtp_spec(self, vp_stage: int | None) -> Any:

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from bridges.conversion import box_view
-from bridges.views import Box
-from harness.checks import Bench, NotApplicable, Outcome, Subject, first_few
-from harness.compare import relative_rms
-from harness.gradients import compare_fingerprints, hf_gradients
+from bridges.conversion.tasks import box_view
+from bridges.conversion.views import Box
+from harness.checks.basic import Bench, NotApplicable, Outcome, Subject, first_few
+from harness.reference.compare import relative_rms
+from harness.reference.gradients import compare_fingerprints, hf_gradients
 
 
 def check_grads(bench: Bench) -> Outcome:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.compare import relative_rms
+from harness.reference.compare import relative_rms
 
 CAUSES = {
     "embedding": "vocabulary rows shifted or padded, tied or scaled embedding",

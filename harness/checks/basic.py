@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 
 import toy_models
 from bridges import AutoBridge, Layout, LayoutError, MegatronModelBridge
-from bridges.checkpoint import Checkpoint, same_bytes, source_digest
-from bridges.cpu_backend import zigzag_positions
-from harness import goldens, jobs, training
-from harness.compare import compare, relative_rms
-from harness.gradients import cotangents
-from harness.localise import first_difference, hf_activations
-from harness.ranks import Ranks
+from bridges.checkpoints.reader import Checkpoint, same_bytes, source_digest
+from bridges.providers.cpu_backend import zigzag_positions
+from harness.checks.localise import first_difference, hf_activations
+from harness.ranks import jobs, training
+from harness.ranks.pool import Ranks
+from harness.reference import goldens
+from harness.reference.compare import compare, relative_rms
+from harness.reference.gradients import cotangents
 
 CHECKS = ("config", "complete", "roundtrip", "logits", "reload", "grads")
 
@@ -61,7 +62,7 @@ class Subject:
     whole: jobs.Global | None = None  # the last layout's tensors, for the cross-layout round trip
     whole_from: str = ""
     digests: dict[str, Outcome] = field(default_factory=dict)
-    bf16: tuple | None = None  # see harness.bf16
+    bf16: tuple | None = None  # see harness.checks.bf16
     gradients: tuple[dict[str, torch.Tensor], list[str]] | None = None  # the reference's, kept by check_grads
 
     @classmethod

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 import toy_models
-from harness import jobs
-from harness.checks import Bench, NotApplicable, Outcome, Subject, assemble, gathered
+from harness.checks.basic import Bench, NotApplicable, Outcome, Subject, assemble, gathered
+from harness.ranks import jobs
 
 FACTOR = 1.5  # right models reach 1.14, in 254 cells on GPUs (docs/gpu.md)
 SEQUENCES = 32

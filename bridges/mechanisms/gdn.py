@@ -17,11 +17,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
-from bridges.blocks import HF_LAYER, MEGATRON_LAYER
 from bridges.config_rules import Fields, Rule
+from bridges.conversion.mapping import AutoMapping, Mapping, Part, ReplicatedMapping
 from bridges.layout import LayoutError
-from bridges.mapping import AutoMapping, Mapping, Part, ReplicatedMapping
-from bridges.provider import GPTModelProvider
+from bridges.mechanisms.blocks import HF_LAYER, MEGATRON_LAYER
+from bridges.providers.provider import GPTModelProvider
 
 
 @dataclass

@@ -131,7 +131,7 @@ class Report:
         sys.stdout.write(text) if str(path) == "-" else _write(Path(path), text)
 
     def save_html(self, path: str | Path) -> None:
-        from harness.html import page  # that module reads this one
+        from harness.report.page import page  # that module reads this one
 
         _write(Path(path), page(self))
 

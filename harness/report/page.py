@@ -10,7 +10,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from harness.report import Cell, Report, duration, number, worst
+from harness.report.cells import Cell, Report, duration, number, worst
 
 TEMPLATE = Path(__file__).with_name("report.html")
 LETTERS = {"pass": "", "fail": "F", "error": "E", "skip": "S", "none": ""}  # a pass is a plain square

@@ -10,10 +10,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer import mla_qk_norm_config
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from bridges.blocks import HF_LAYER, MEGATRON_LAYER
 from bridges.config_rules import Fields, Rule
-from bridges.mapping import AutoMapping, ColumnParallelMapping, Mapping
-from bridges.provider import GPTModelProvider
+from bridges.conversion.mapping import AutoMapping, ColumnParallelMapping, Mapping
+from bridges.mechanisms.blocks import HF_LAYER, MEGATRON_LAYER
+from bridges.providers.provider import GPTModelProvider
 
 
 @dataclass

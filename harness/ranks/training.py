@@ -10,9 +10,9 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
-from bridges.conversion import box_view, destinations, is_writer
-from bridges.views import Box
-from harness import jobs
+from bridges.conversion.tasks import box_view, destinations, is_writer
+from bridges.conversion.views import Box
+from harness.ranks import jobs
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Trained:
 
 
 def backward(input_ids: np.ndarray, cotangent: np.ndarray) -> Trained:
-    """A step whose gradients of the logits are `cotangent` (of harness.gradients.cotangents). Parameters that need no
+    """A step whose gradients of the logits are `cotangent` (of harness.reference.gradients.cotangents). Parameters that need no
     gradient are left out."""
     this = jobs.current()
     provider: Any = this.provider

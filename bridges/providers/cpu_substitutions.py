@@ -77,7 +77,7 @@ def _numpy_split_sizes(tensor, as_numpy: bool = False, record_stream: bool = Fal
 
 def _megatron_symbols() -> dict[tuple[str, str], Any]:
     """(module, attribute) -> replacement, for Megatron's own look-ups."""
-    from bridges.cpu_backend import CPUSpecProvider, DuplicatedLinear, Norm, l2norm
+    from bridges.providers.cpu_backend import CPUSpecProvider, DuplicatedLinear, Norm, l2norm
 
     core = "megatron.core"
     return {

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import toy_models
-from harness.compare import relative_rms
+from harness.reference.compare import relative_rms
 
 PROJECTIONS = 4
 

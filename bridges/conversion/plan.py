@@ -15,11 +15,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from bridges.checkpoint import nearest_names
+from bridges.checkpoints.reader import nearest_names
+from bridges.conversion.mapping import REPLICATED, MappingError, MegatronMappingRegistry, Resolved
+from bridges.conversion.mapping import Mapping as ParamMapping
+from bridges.conversion.views import Axis, Box, Pair, ViewError, bind, fuse, parse, slice_flat
 from bridges.layout import Coords, Layout
-from bridges.mapping import REPLICATED, MappingError, MegatronMappingRegistry, Resolved
-from bridges.mapping import Mapping as ParamMapping
-from bridges.views import Axis, Box, Pair, ViewError, bind, fuse, parse, slice_flat
 
 Shape = tuple[int, ...]
 

@@ -5,7 +5,7 @@
 
 The headers are parsed here and not by the safetensors library because import and export need exact byte
 offsets. The parser is as strict as the library's, so a file that opens here loads there. What is wrong with a
-folder is said before any weight is read. bridges/checkpoint_writer.py writes such folders.
+folder is said before any weight is read. bridges/checkpoints/writer.py writes such folders.
 """
 
 from __future__ import annotations

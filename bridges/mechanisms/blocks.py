@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from bridges.mapping import (
+from bridges.conversion.mapping import (
     ROW,
     AutoMapping,
     ConcatenatedGatedMLPMapping,

@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-from bridges.blocks import HF_LAYER, MEGATRON_LAYER
 from bridges.config_rules import Rule
-from bridges.mapping import AutoMapping, Mapping, Part, SwappedColumnsMapping
+from bridges.conversion.mapping import AutoMapping, Mapping, Part, SwappedColumnsMapping
+from bridges.mechanisms.blocks import HF_LAYER, MEGATRON_LAYER
 
 # Megatron's name of a head's decoder layer, and the one it had before.
 BLOCK_NAMES = ("mtp_model_layer", "transformer_layer")

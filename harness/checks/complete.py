@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bridges import Layout
-from bridges.plan import Parameter, local_shape, prove_layout, shard_of
-from harness.checks import Bench, Outcome, first_few
+from bridges.conversion.plan import Parameter, local_shape, prove_layout, shard_of
+from harness.checks.basic import Bench, Outcome, first_few
 
 
 def check_complete(bench: Bench) -> Outcome:

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from bridges.checkpoint import Checkpoint
+from bridges.checkpoints.reader import Checkpoint
+from bridges.conversion.mapping import REPLICATED, MappingError, MegatronMappingRegistry
+from bridges.conversion.mapping import Mapping as ParamMapping
+from bridges.conversion.plan import Copy, PlanError, Shape, copies, shard_of, symbol_sizes
+from bridges.conversion.views import Box
 from bridges.layout import Coords, Layout
-from bridges.mapping import REPLICATED, MappingError, MegatronMappingRegistry
-from bridges.mapping import Mapping as ParamMapping
-from bridges.plan import Copy, PlanError, Shape, copies, shard_of, symbol_sizes
-from bridges.views import Box
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 

@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 import goldens
 import toy_models
-from harness.compare import relative_rms
-from harness.gradients import cotangents, fingerprints, hf_gradients, worst_difference
+from harness.reference.compare import relative_rms
+from harness.reference.gradients import cotangents, fingerprints, hf_gradients, worst_difference
 
 FOLDER = Path(goldens.__file__).parent
 GATE = 1e-4  # relative RMS that a Megatron model's logits may differ by, in fp32
@@ -37,7 +37,7 @@ class Golden:
     """A row's reference values.
 
     `tensors` has `inputs`, int64 [batch, sequence], `logits`, float32 [batch, sequence, vocab], and `gradients`, the
-    fingerprints of harness.gradients; rows with multi-token prediction have `mtp_logits_<k>`, float32 [batch,
+    fingerprints of harness.reference.gradients; rows with multi-token prediction have `mtp_logits_<k>`, float32 [batch,
     sequence - k, vocab]. `provenance` says where they come from: row, config_hash, weights_hash, tensors_hash, seed,
     versions, command, reason, noise (relative RMS of logits, fp32_vs_fp64 and eager_vs_sdpa), gate (the relative RMS
     limit), gradient_noise (fp32 against fp64, the worst tensor) and gradient_gate.

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from bridges.views import parse
+from bridges.conversion.views import parse
 
 COLUMN, ROW, REPLICATED = "column", "row", "replicated"
 
@@ -39,7 +39,7 @@ class MappingError(ValueError):
 
 @dataclass(frozen=True)
 class Part:
-    """One Hugging Face tensor's contribution to a Megatron parameter: `view` as in bridges.views; None takes the tensor
+    """One Hugging Face tensor's contribution to a Megatron parameter: `view` as in bridges.conversion.views; None takes the tensor
     as it is."""
 
     hf: str

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from bridges.checkpoint import (
+from bridges.checkpoints.reader import (
     DTYPES,
     INDEX_FILE,
     MAX_HEADER_BYTES,
