@@ -58,7 +58,7 @@ def pytest_generate_tests(metafunc):
     if not {"row", "layout", "check"} <= set(metafunc.fixturenames):
         return
     import toy_models
-    from harness.checks.basic import CHECKS
+    from harness.checks.table import CHECKS
     from harness.sweep import layouts_of
 
     config = metafunc.config

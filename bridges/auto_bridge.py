@@ -12,24 +12,15 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig
 
+from bridges import families as _families  # noqa: F401 - registers every family
 from bridges.checkpoints.reader import Checkpoint, CheckpointError
 from bridges.checkpoints.writer import CheckpointWriter
+from bridges.conversion.agreement import of_all_ranks
+from bridges.conversion.live import live_export
 from bridges.conversion.mapping import MegatronMappingRegistry
 from bridges.conversion.plan import PlanError, Shape
-from bridges.conversion.tasks import (
-    ConversionTask,
-    Progress,
-    build_tasks,
-    current_layout,
-    export_weights,
-    import_weights,
-    live_export,
-    matching,
-    of_all_ranks,
-    repeated_tensors,
-    unwrap,
-    written,
-)
+from bridges.conversion.tasks import ConversionTask, build_tasks, current_layout, matching, repeated_tensors, unwrap
+from bridges.conversion.transfer import Progress, export_weights, import_weights, written
 from bridges.hf_pretrained import PreTrainedCausalLM
 from bridges.layout import Coords
 from bridges.model_bridge import ConfigError, MegatronModelBridge

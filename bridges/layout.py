@@ -11,10 +11,12 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
+from bridges.errors import GoldengateError
+
 AXES = ("tp", "pp", "vpp", "ep", "etp", "cp", "dp")
 
 
-class LayoutError(ValueError):
+class LayoutError(GoldengateError, ValueError):
     """A layout that cannot be: the message says which number does not divide which."""
 
 

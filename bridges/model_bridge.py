@@ -20,12 +20,13 @@ from transformers import PreTrainedConfig
 
 from bridges.config_rules import DTYPE, HEAD_DIM, ROPE, WINDOW, Rule, dtype_from_hf
 from bridges.conversion.mapping import MegatronMappingRegistry
+from bridges.errors import GoldengateError
 from bridges.providers.provider import GPTModelProvider
 
 logger = logging.getLogger("goldengate")
 
 
-class ConfigError(ValueError):
+class ConfigError(GoldengateError, ValueError):
     """A config.json that the bridge cannot account for: the message names the field."""
 
 

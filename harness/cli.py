@@ -93,7 +93,7 @@ def verify(
     import toy_models
     from harness import workers
     from harness.reference import goldens
-    from harness.report.cells import ProgressPrinter, print_table
+    from harness.report.terminal import ProgressPrinter, print_table
     from harness.sweep import verify_rows
 
     chosen = rows or toy_models.rows()

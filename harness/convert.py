@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bridges import AutoBridge, CheckpointError, Layout
-from bridges.checkpoints.reader import Checkpoint, same_bytes
-from bridges.conversion.tasks import of_all_ranks
+from bridges.checkpoints.comparison import same_bytes
+from bridges.checkpoints.reader import Checkpoint
+from bridges.conversion.agreement import of_all_ranks
 from bridges.providers import cpu_substitutions
-from bridges.providers.provider import ensure_process_groups
-from harness.checks.basic import first_few
+from bridges.providers.groups import ensure_process_groups
+from harness.checks.outcome import first_few
 from harness.ranks import jobs
 from harness.ranks.pool import Ranks
 from harness.sweep import quiet

@@ -20,27 +20,12 @@ import toy_models
 from bridges import Layout, LayoutError, MegatronModelBridge
 from bridges.providers import cpu_substitutions
 from harness import layouts, workers
-from harness.checks import basic
-from harness.checks.basic import CHECKS, Bench, NotApplicable, Outcome, Subject
-from harness.checks.bf16 import check_bf16
-from harness.checks.complete import check_complete
-from harness.checks.grads import check_grads
-from harness.flops.proof import check_flops
+from harness.checks.outcome import NotApplicable, Outcome
+from harness.checks.subject import Bench, Subject
+from harness.checks.table import CHECKS, FUNCTIONS
 from harness.ranks import jobs
 from harness.ranks.pool import RankError, Ranks
 from harness.report.cells import Cell, Report
-
-# `flops` and `bf16` run when they are asked for: tests do, on the CPU the one, on a GPU the other.
-FUNCTIONS: dict[str, Callable[[Bench], Outcome]] = {
-    "config": basic.check_config,
-    "complete": check_complete,
-    "roundtrip": basic.check_roundtrip,
-    "logits": basic.check_logits,
-    "reload": basic.check_reload,
-    "grads": check_grads,
-    "flops": check_flops,
-    "bf16": check_bf16,
-}
 
 LIBRARIES = ("goldengate", "torch", "transformers", "megatron-core", "safetensors", "numpy")
 

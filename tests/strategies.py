@@ -15,7 +15,7 @@ from bridges import (
     GatedMLPMapping,
     Layout,
     LayoutError,
-    Mapping,
+    ParamMapping,
     Part,
     QKVMapping,
     ReplicatedMapping,
@@ -77,7 +77,7 @@ class Conversion:
     """
 
     kind: str
-    mapping: Mapping
+    mapping: ParamMapping
     names: tuple[str, ...]
     hf_shapes: dict[str, tuple[int, ...]]
     shape: tuple[int, ...]
@@ -161,7 +161,7 @@ def _experts(draw, dims, which) -> Conversion:
         "interleaved": ("e (t f [{}u | {}u]) h -> t ; f u ; h", (e, 2 * f, h)),
     }
     if which == "down":
-        mapping = Mapping(megatron, (Part("layers.*.down", "e o (t i) -> t ; o ; i"),), sharding="row")
+        mapping = ParamMapping(megatron, (Part("layers.*.down", "e o (t i) -> t ; o ; i"),), sharding="row")
         shapes, shape = {"layers.1.down": (e, h, f)}, (h, f)
     elif which == "apart":
         mapping = GatedMLPMapping(megatron, gate="layers.*.experts.*.gate", up="layers.*.experts.*.up")
@@ -170,7 +170,7 @@ def _experts(draw, dims, which) -> Conversion:
     else:
         view, hf_shape = gate_up[which]
         parts = tuple(Part("layers.*.gate_up", view.format(*marks)) for marks in (("*", ""), ("", "*")))
-        mapping = Mapping(megatron, parts, sizes={"u": 1})
+        mapping = ParamMapping(megatron, parts, sizes={"u": 1})
         shapes, shape = {"layers.1.gate_up": hf_shape}, (2 * f, h)
     names = tuple(f"decoder.layers.1.mlp.experts.{fc}.weight{i}" for i in range(e))
     return Conversion(f"experts {which}", mapping, names, shapes, shape, {"u": 1}, dims, divisors(f))
@@ -193,7 +193,7 @@ def _packed(draw, dims) -> Conversion:
     shapes = {"qkvz": (heads * 2 * (d + r * e), h), "ba": (heads * 2 * r, h)}
     rows = shapes["qkvz"][0] + shapes["ba"][0]
     return Conversion(
-        "packed", Mapping(name, parts), (name,), shapes, (rows, h), {"d": d, "r": r, "e": e}, dims, divisors(heads)
+        "packed", ParamMapping(name, parts), (name,), shapes, (rows, h), {"d": d, "r": r, "e": e}, dims, divisors(heads)
     )
 
 

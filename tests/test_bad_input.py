@@ -28,7 +28,8 @@ from transformers import dynamic_module_utils
 
 import toy_models
 from bridges import AutoBridge
-from bridges.checkpoints.reader import Checkpoint, same_bytes
+from bridges.checkpoints.comparison import same_bytes
+from bridges.checkpoints.reader import Checkpoint
 from harness import cli, convert
 from harness.ranks.pool import Ranks
 from harness.reference import goldens

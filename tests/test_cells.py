@@ -3,8 +3,9 @@
 import pytest
 
 from bridges import LayoutError
-from harness.checks.basic import CHECKS, Bench, NotApplicable, Subject
-from harness.sweep import FUNCTIONS
+from harness.checks.outcome import NotApplicable
+from harness.checks.subject import Bench, Subject
+from harness.checks.table import CHECKS, FUNCTIONS
 
 
 @pytest.fixture(scope="session")

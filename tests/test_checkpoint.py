@@ -21,15 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from bridges.checkpoints.reader import (
-    DTYPES,
-    INDEX_FILE,
-    SINGLE_FILE,
-    Checkpoint,
-    CheckpointError,
-    same_bytes,
-    source_digest,
-)
+from bridges.checkpoints.comparison import same_bytes, source_digest
+from bridges.checkpoints.reader import DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError
 from bridges.checkpoints.writer import CheckpointWriter
 from tests.strategies import checkpoint_files
 

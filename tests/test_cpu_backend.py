@@ -26,7 +26,7 @@ from bridges.providers.cpu_backend import (
     RowLinear,
     zigzag_positions,
 )
-from bridges.providers.provider import ensure_process_groups
+from bridges.providers.groups import ensure_process_groups
 from harness.ranks import jobs
 
 # -- substitutions -------------------------------------------------------------------------------------------------------

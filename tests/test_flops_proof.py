@@ -6,7 +6,7 @@ from megatron.core.ssm.gated_delta_net.common import torch_chunk_gated_delta_rul
 from torch.utils.flop_counter import FlopCounterMode
 
 from bridges import Layout
-from harness.checks.basic import Bench, Subject
+from harness.checks.subject import Bench, Subject
 from harness.flops import Run, blocks, flops, recurrent
 from harness.flops import model as model_module
 from harness.flops.counter import Counted, OpCounter, UncountedOp, counting

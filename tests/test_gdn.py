@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers.models.qwen3_next.modeling_qwen3_next import l2norm as hf_l2norm
 
 import toy_models
-from bridges import Layout, LayoutError, Mapping, Part
-from bridges.checkpoints.reader import Checkpoint, same_bytes
+from bridges import Layout, LayoutError, ParamMapping, Part
+from bridges.checkpoints.comparison import same_bytes
+from bridges.checkpoints.reader import Checkpoint
 from bridges.conversion.mapping import AutoMapping, MegatronMappingRegistry
 from bridges.families.qwen3_5 import Qwen3_5Bridge
 from bridges.families.qwen3_next import Qwen3NextBridge
@@ -85,12 +86,12 @@ QUERY, GATE = (Part(Q, f"(g n [{v}]) h -> g ; n d ; h") for v in ("*d | d", "d |
 KEY, VALUE = (Part(x, "(g d) h -> g ; d ; h") for x in (K, V))
 FULL = r"first to differ: layers\.1\.self_attention \("  # the first softmax layer of qwen3_5_text
 
-CUT_ACROSS = replaced(Qwen3_5Bridge, Mapping(IN_PROJ, uncut(SEPARATE), sizes=SIZES))
-PACKED_CUT_ACROSS = replaced(Qwen3NextBridge, Mapping(IN_PROJ, uncut(PACKED), sizes=SIZES))
-CONV_CUT_ACROSS = replaced(Qwen3_5Bridge, Mapping(CONV, uncut(CONV_PARTS), sizes=SIZES))
+CUT_ACROSS = replaced(Qwen3_5Bridge, ParamMapping(IN_PROJ, uncut(SEPARATE), sizes=SIZES))
+PACKED_CUT_ACROSS = replaced(Qwen3NextBridge, ParamMapping(IN_PROJ, uncut(PACKED), sizes=SIZES))
+CONV_CUT_ACROSS = replaced(Qwen3_5Bridge, ParamMapping(CONV, uncut(CONV_PARTS), sizes=SIZES))
 UNGATED = (
-    Mapping(QKV, (QUERY, KEY, VALUE), sizes=HEADS),
-    Mapping(
+    ParamMapping(QKV, (QUERY, KEY, VALUE), sizes=HEADS),
+    ParamMapping(
         "mtp.layers.0.mtp_model_layer.self_attention.linear_qkv.weight",
         tuple(Part(p.hf.replace("model.layers.*", "mtp.layers.0"), p.view) for p in (QUERY, KEY, VALUE)),
         sizes=HEADS,
@@ -118,19 +119,19 @@ MUTANTS = [
     Mutant(
         "conv1d q and k swapped",
         "qwen3_5_text",
-        replaced(Qwen3_5Bridge, Mapping(CONV, reordered(CONV_PARTS, 1, 0, 2), sizes=SIZES)),
+        replaced(Qwen3_5Bridge, ParamMapping(CONV, reordered(CONV_PARTS, 1, 0, 2), sizes=SIZES)),
         {"logits": ATTENTION},
     ),
     Mutant(
         "in_proj b and a swapped",
         "qwen3_next",
-        replaced(Qwen3NextBridge, Mapping(IN_PROJ, reordered(PACKED, 0, 1, 2, 3, 5, 4), sizes=SIZES)),
+        replaced(Qwen3NextBridge, ParamMapping(IN_PROJ, reordered(PACKED, 0, 1, 2, 3, 5, 4), sizes=SIZES)),
         {"logits": ATTENTION},
     ),
     Mutant(
         "in_proj v and z swapped",
         "qwen3_5_text",
-        replaced(Qwen3_5Bridge, Mapping(IN_PROJ, reordered(SEPARATE, 0, 1, 3, 2, 4, 5), sizes=SIZES)),
+        replaced(Qwen3_5Bridge, ParamMapping(IN_PROJ, reordered(SEPARATE, 0, 1, 3, 2, 4, 5), sizes=SIZES)),
         {"logits": ATTENTION},
     ),
     Mutant(
@@ -139,7 +140,7 @@ MUTANTS = [
     Mutant(
         "query and gate swapped",
         "qwen3_5_text",
-        replaced(Qwen3_5Bridge, Mapping(QKV, (GATE, QUERY, KEY, VALUE), sizes=HEADS)),
+        replaced(Qwen3_5Bridge, ParamMapping(QKV, (GATE, QUERY, KEY, VALUE), sizes=HEADS)),
         {"logits": FULL},
     ),
     Mutant(
@@ -147,7 +148,7 @@ MUTANTS = [
         "qwen3_5_text",
         replaced(
             Qwen3_5Bridge,
-            Mapping(
+            ParamMapping(
                 QKV,
                 (
                     Part(Q, "([*g n d | g n d]) h -> g ; n d ; h"),

@@ -20,7 +20,7 @@ from bridges.conversion.tasks import current_layout
 from bridges.hf_pretrained import load_config
 from bridges.layout import Coords
 from bridges.providers.cpu_backend import zigzag_positions
-from bridges.providers.provider import ensure_process_groups
+from bridges.providers.groups import ensure_process_groups
 from harness.layouts import DENSE_AXES, EXPERT_AXES, MAX_RANKS, choose, covering
 from harness.ranks import jobs
 from harness.sweep import has_experts

@@ -21,7 +21,7 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 
 import toy_models
-from bridges import AutoMapping, GatedMLPMapping, Layout, Mapping, MegatronModelBridge, Part, auto_bridge
+from bridges import AutoMapping, GatedMLPMapping, Layout, MegatronModelBridge, ParamMapping, Part, auto_bridge
 from bridges.checkpoints.writer import CheckpointWriter
 from bridges.config_rules import NO_ROPE_LAYERS, WINDOW, Rule
 from bridges.conversion.mapping import Resolved
@@ -34,7 +34,8 @@ from bridges.families.mistral import MistralBridge, MixtralBridge
 from bridges.families.qwen2 import Qwen2Bridge, Qwen2MoeBridge
 from bridges.families.qwen3 import Qwen3Bridge, Qwen3MoeBridge
 from bridges.families.smollm3 import SmolLM3Bridge
-from harness.checks.basic import Bench, Subject, localise
+from harness.checks.logits import localise
+from harness.checks.subject import Bench, Subject
 from harness.ranks import jobs
 from harness.ranks.pool import Ranks
 from harness.reference import goldens
@@ -48,7 +49,7 @@ Bridge = type[MegatronModelBridge]
 # Ways to break a bridge. Each gives a subclass; nothing is registered.
 
 
-def with_mappings(bridge: Bridge, change: Callable[[list[Mapping]], Iterable[Mapping]]) -> Bridge:
+def with_mappings(bridge: Bridge, change: Callable[[list[ParamMapping]], Iterable[ParamMapping]]) -> Bridge:
     """Its declarations as `change` makes them from the right ones."""
 
     class Mutant(bridge):
@@ -75,7 +76,7 @@ def swapped(bridge: Bridge, a: str, b: str) -> Bridge:
     return renamed(bridge, {a: b, b: a})
 
 
-def replaced(bridge: Bridge, *new: Mapping) -> Bridge:
+def replaced(bridge: Bridge, *new: ParamMapping) -> Bridge:
     """Other declarations for the Megatron parameters of `new`."""
     names = {m.megatron_param for m in new}
     return with_mappings(bridge, lambda old: [*(m for m in old if m.megatron_param not in names), *new])
@@ -126,13 +127,13 @@ def ignoring(bridge: Bridge, *patterns: str) -> Bridge:
     return type("Mutant", (bridge,), {"IGNORED_TENSORS": dict.fromkeys(patterns, "the mutant looks away")})
 
 
-class Rotated(Mapping):
+class Rotated(ParamMapping):
     """On real ranks of a layout with `axis` > 1, the number (layer or expert) in HF names is rotated by `by`.
 
     Import and export agree, and what is derived from shapes alone never sees it.
     """
 
-    def __init__(self, mapping: Mapping, axis: str, by: int, wildcard: int, count: int):
+    def __init__(self, mapping: ParamMapping, axis: str, by: int, wildcard: int, count: int):
         self.__dict__.update(mapping.__dict__)
         self.axis, self.by, self.wildcard, self.count = axis, by, wildcard, count
 
@@ -187,11 +188,13 @@ BIASES = [f"model.layers.*.self_attn.{x}_proj.bias" for x in "qkv"]
 SHARED_GATE = "model.layers.*.mlp.shared_expert_gate.weight"
 
 # All query rows, then all key rows, then all value rows, where Megatron wants them group by group.
-QKV_BY_KIND = Mapping(QKV, tuple(Part(f"model.layers.*.self_attn.{x}_proj.weight", "f h -> ; f ; h") for x in "qkv"))
+QKV_BY_KIND = ParamMapping(
+    QKV, tuple(Part(f"model.layers.*.self_attn.{x}_proj.weight", "f h -> ; f ; h") for x in "qkv")
+)
 # Gate and up as one tall matrix, cut over ranks without a look at the seam.
-CUT_ACROSS = replaced(LlamaBridge, Mapping(FC1, (Part(GATE, "f h -> ; f ; h"), Part(UP, "f h -> ; f ; h"))))
+CUT_ACROSS = replaced(LlamaBridge, ParamMapping(FC1, (Part(GATE, "f h -> ; f ; h"), Part(UP, "f h -> ; f ; h"))))
 GATE_UP_IN_LAYER_5 = GatedMLPMapping(FC1.replace("*", "5"), gate=UP.replace("*", "5"), up=GATE.replace("*", "5"))
-TRANSPOSED = replaced(MixtralBridge, Mapping(FC2, (Part(W2, "(t i) o -> t ; o ; i"),), sharding="row"))
+TRANSPOSED = replaced(MixtralBridge, ParamMapping(FC2, (Part(W2, "(t i) o -> t ; o ; i"),), sharding="row"))
 ROTATED_EXPERTS = rotated(MixtralBridge, ".experts.", wildcard=1, axis="ep", by=4, count=8)
 ROTATED_LAYERS = rotated(LlamaBridge, "decoder.layers.", wildcard=0, axis="pp", by=4, count=8)
 ONE_NORM_TWICE = replaced(LlamaBridge, AutoMapping("decoder.layers.*.mlp.linear_fc1.layer_norm_weight", NORM_1))

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from bridges import GatedMLPMapping, Layout, MegatronMappingRegistry, PlanError, QKVMapping
 from bridges.conversion.mapping import REPLICATED
-from bridges.conversion.plan import Copy, Parameter, Shard, copies, local_shape, prove, prove_layout
-from bridges.conversion.tasks import box_view
+from bridges.conversion.plan import Copy, Shard, copies
+from bridges.conversion.proof import Parameter, local_shape, prove, prove_layout
+from bridges.conversion.transfer import box_view
 from bridges.conversion.views import Box
 from bridges.families.llama import LlamaBridge
 from bridges.families.qwen3 import Qwen3MoeBridge

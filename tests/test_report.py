@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from harness.report.cells import Cell, ProgressPrinter, Report, number, print_table
+from harness.report.cells import Cell, Report, number
 from harness.report.page import page
+from harness.report.terminal import ProgressPrinter, print_table
 
 HOSTILE = """<script>alert("1")</script> ' & </td> {{headline}} [bold]x[/bold] [/] é ✓"""
 SKIP = "no experts, so no expert parallelism"

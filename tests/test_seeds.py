@@ -44,7 +44,8 @@ from bridges import (
     is_safe_repo,
     model_bridge,
 )
-from bridges.checkpoints.reader import Checkpoint, same_bytes
+from bridges.checkpoints.comparison import same_bytes
+from bridges.checkpoints.reader import Checkpoint
 from harness.ranks import jobs
 from harness.reference.compare import relative_rms
 

@@ -15,9 +15,9 @@ from bridges import (
     ColumnParallelMapping,
     ConcatenatedQKVMapping,
     GatedMLPMapping,
-    Mapping,
     MappingError,
     MegatronMappingRegistry,
+    ParamMapping,
     Part,
     QKVMapping,
     ReplicatedMapping,
@@ -190,7 +190,7 @@ def test_slice_flat_is_an_interval_of_the_flattened_axes(axes, data):
         lambda: RowParallelMapping("decoder.final.weight", "layers.*.weight"),
         lambda: QKVMapping("decoder.layers.*.linear_qkv.weight", q="l.*.q", k="l.*.k", v="l.*.*.v"),
         lambda: GatedMLPMapping("decoder.layers.*.experts.linear_fc1.weight*", gate="l.*.gate", up="l.*.up"),
-        lambda: Mapping("layers.*.experts.weight*", (Part("l.*.e.*", "e o i -> o ; ; i"),)),
+        lambda: ParamMapping("layers.*.experts.weight*", (Part("l.*.e.*", "e o i -> o ; ; i"),)),
     ],
     ids=["two for one", "none", "replicated", "row", "only v", "no expert", "index and star"],
 )
@@ -215,7 +215,7 @@ def test_wildcards_stand_for_the_same_number_in_turn():
 def test_a_number_without_a_star_becomes_the_index_of_the_view():
     """One fused tensor for all experts of a layer."""
     registry = MegatronMappingRegistry(
-        Mapping("decoder.layers.*.experts.weight*", (Part("l.*.fused", "e o i -> o ; ; i"),))
+        ParamMapping("decoder.layers.*.experts.weight*", (Part("l.*.fused", "e o i -> o ; ; i"),))
     )
     _, (part,) = registry.megatron_to_hf_lookup("decoder.layers.12.experts.weight3")
     assert (part.hf, part.index) == ("l.12.fused", (("e", 3),))
@@ -257,7 +257,7 @@ def test_auto_mapping_refuses_a_module_it_does_not_know():
 def test_a_mapping_needs_a_tensor():
     """No parts, no mapping."""
     with pytest.raises(MappingError, match="needs at least one"):
-        Mapping("a.weight", ())
+        ParamMapping("a.weight", ())
 
 
 # -- registry ----------------------------------------------------------------------------------------------------------

@@ -10,24 +10,28 @@ folder is said before any weight is read. bridges/checkpoints/writer.py writes s
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import heapq
 import json
 import math
 import mmap
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-import numpy as np
 import torch
 
+from bridges.errors import GoldengateError, nearest_names
+
 CONFIG_FILE = "config.json"
+
+
 SINGLE_FILE = "model.safetensors"
+
+
 INDEX_FILE = "model.safetensors.index.json"
+
+
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library refuses more
+
 
 DTYPES = {
     "F64": torch.float64,
@@ -43,14 +47,17 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+
+
 INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 # Without it Linux counts a private writable mapping as memory and refuses a file larger than RAM. Python has
 # the name only since 3.13; the value is Linux's.
 MAP_NORESERVE = 0x4000
 
 
-class CheckpointError(ValueError):
+class CheckpointError(GoldengateError, ValueError):
     """A checkpoint that cannot be read or written: one line that names the file or tensor and the way out."""
 
 
@@ -151,68 +158,6 @@ def tensor_over(memory: mmap.mmap, info: TensorInfo) -> torch.Tensor:
         return torch.frombuffer(copy, dtype=info.dtype).view(info.shape)
     count = info.nbytes // info.dtype.itemsize
     return torch.frombuffer(memory, dtype=info.dtype, count=count, offset=info.offset).view(info.shape)
-
-
-def nearest_names(name: str, known: Iterable[str]) -> list[str]:
-    """Up to three of `known` that `name` may have been meant to be, best first."""
-    parts = set(name.split("."))
-    # Shared parts first, because difflib alone takes 10 s on DeepSeek-V3's 94,000 names.
-    alike = heapq.nlargest(100, known, key=lambda other: len(parts.intersection(other.split("."))))
-    return difflib.get_close_matches(name, alike)
-
-
-def same_bytes(a: Checkpoint, b: Checkpoint, *, chunk_elements: int = 1 << 22) -> list[str]:
-    """What differs between the tensors of two checkpoints, one line each; [] says that every bit is the same.
-
-    `a` is what was expected. Elements are compared as integers: a NaN equals itself, -0.0 differs from 0.0.
-    Beyond the mapped files it takes one chunk of flags of memory.
-    """
-    lines = [f"{name}: missing" for name in a.tensors if name not in b.tensors]
-    lines += [f"{name}: unexpected" for name in b.tensors if name not in a.tensors]
-    for name, expected in a.tensors.items():
-        found = b.tensors.get(name)
-        if found is None:
-            continue
-        for field in ("dtype", "shape", "file"):
-            x, y = getattr(expected, field), getattr(found, field)
-            if x != y:
-                lines.append(f"{name}: {field} {x} != {y}")
-        if (expected.dtype, expected.shape) == (found.dtype, found.shape):
-            lines += _different_elements(name, a.view(name), b.view(name), chunk_elements)
-    return lines
-
-
-def _different_elements(name: str, a: torch.Tensor, b: torch.Tensor, chunk_elements: int) -> list[str]:
-    """One line with the count and with index and values of the first differing element, or none."""
-    flat_a, flat_b, first, count = a.flatten(), b.flatten(), None, 0
-    bits_a, bits_b = (flat.view(INT_OF_SIZE[flat.itemsize]) for flat in (flat_a, flat_b))
-    for start in range(0, len(bits_a), chunk_elements):
-        x, y = (bits[start : start + chunk_elements] for bits in (bits_a, bits_b))
-        if not torch.equal(x, y):
-            different = x != y
-            first = start + int(different.byte().argmax()) if first is None else first
-            count += int(different.sum())
-    if first is None:
-        return []
-    index = [int(i) for i in np.unravel_index(first, a.shape)]
-    values = f"{flat_a[first].item()} != {flat_b[first].item()}"
-    return [f"{name}: {count} of {a.numel()} elements differ, first at {index}: {values}"]
-
-
-def source_digest(path: str | os.PathLike) -> str:
-    """sha256 over name and bytes of every safetensors file below `path`, whether the index names it or not.
-
-    Taken before and after, it proves that a source was left untouched.
-    """
-    files = sorted(Path(path).rglob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{path} holds no safetensors file to digest")
-    total = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        total.update(f"{digest} {file.relative_to(path)}\n".encode())
-    return total.hexdigest()
 
 
 def _read_json_object(path: Path) -> dict:

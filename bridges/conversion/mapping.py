@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bridges.conversion.views import parse
+from bridges.errors import GoldengateError
 
 COLUMN, ROW, REPLICATED = "column", "row", "replicated"
 
@@ -33,7 +34,7 @@ _MEGATRON_SHARDING = (
 )
 
 
-class MappingError(ValueError):
+class MappingError(GoldengateError, ValueError):
     """A declaration that contradicts itself, or a tensor that no declaration knows."""
 
 
@@ -47,7 +48,7 @@ class Part:
 
 
 @dataclass
-class Mapping:
+class ParamMapping:
     """`megatron_param` <-> `parts`. `*` stands for a number (layer, expert); the k-th `*` of each name is the same one.
 
     `megatron_param` is writable on purpose: plugins copy a mapping and rename it (then build a new registry, since a
@@ -108,14 +109,14 @@ class Resolved:
     index: tuple[tuple[str, int], ...] = ()
 
 
-class ReplicatedMapping(Mapping):
+class ReplicatedMapping(ParamMapping):
     """The same tensor on every tensor-parallel rank."""
 
     def __init__(self, megatron_param: str, hf_param: str):
         super().__init__(megatron_param, (Part(hf_param, None),), sharding=REPLICATED)
 
 
-class ColumnParallelMapping(Mapping):
+class ColumnParallelMapping(ParamMapping):
     """Rows cut evenly over tensor parallel."""
 
     def __init__(self, megatron_param: str, hf_param: str):
@@ -126,14 +127,14 @@ class ColumnParallelMapping(Mapping):
         super().__init__(megatron_param, (Part(hf_param, view),), padded=vocab, sizes=sizes)
 
 
-class RowParallelMapping(Mapping):
+class RowParallelMapping(ParamMapping):
     """Columns cut evenly over tensor parallel."""
 
     def __init__(self, megatron_param: str, hf_param: str):
         super().__init__(megatron_param, (Part(hf_param, "o (t i) -> t ; o ; i"),), sharding=ROW)
 
 
-class AutoMapping(Mapping):
+class AutoMapping(ParamMapping):
     """One tensor, sharded as Megatron-Core shards the module that its name ends in."""
 
     def __init__(self, megatron_param: str, hf_param: str):
@@ -153,7 +154,7 @@ def _bias(name: str) -> bool:
     return name.endswith(".bias")
 
 
-class QKVMapping(Mapping):
+class QKVMapping(ParamMapping):
     """q, k and v side by side per query group: g groups of n query heads, each d channels."""
 
     def __init__(self, megatron_param: str, q: str, k: str, v: str):
@@ -169,7 +170,7 @@ class QKVMapping(Mapping):
         )
 
 
-class ConcatenatedQKVMapping(Mapping):
+class ConcatenatedQKVMapping(ParamMapping):
     """One HF tensor that holds [all q | all k | all v] rows (Phi-3, Bailing)."""
 
     def __init__(self, megatron_param: str, hf_param: str):
@@ -187,14 +188,14 @@ class ConcatenatedQKVMapping(Mapping):
 _ATTENTION_SIZES = {"g": "num_query_groups", "n": "heads_per_group", "d": "kv_channels"}
 
 
-class GatedMLPMapping(Mapping):
+class GatedMLPMapping(ParamMapping):
     """gate and up, each cut over tensor parallel, then side by side."""
 
     def __init__(self, megatron_param: str, gate: str, up: str):
         super().__init__(megatron_param, (Part(gate, "(t f) h -> t ; f ; h"), Part(up, "(t f) h -> t ; f ; h")))
 
 
-class ConcatenatedGatedMLPMapping(Mapping):
+class ConcatenatedGatedMLPMapping(ParamMapping):
     """One HF tensor that holds [gate | up] rows (Phi-3)."""
 
     def __init__(self, megatron_param: str, hf_param: str):
@@ -204,7 +205,7 @@ class ConcatenatedGatedMLPMapping(Mapping):
         )
 
 
-class SwappedColumnsMapping(Mapping):
+class SwappedColumnsMapping(ParamMapping):
     """The two halves of a column-parallel weight's columns change places."""
 
     def __init__(self, megatron_param: str, hf_param: str):
@@ -212,7 +213,7 @@ class SwappedColumnsMapping(Mapping):
         super().__init__(megatron_param, (Part(hf_param, second), Part(hf_param, first)), side_by_side=True)
 
 
-def _occur(mapping: Mapping, names: Collection[str]) -> bool:
+def _occur(mapping: ParamMapping, names: Collection[str]) -> bool:
     """Does each of the mapping's tensors occur, for some number in the place of each *?"""
     patterns = {re.escape(part.hf).replace(r"\*", r"\d+") for part in mapping.parts}
     return all(any(re.fullmatch(pattern, name) for name in names) for pattern in patterns)
@@ -224,13 +225,13 @@ class MegatronMappingRegistry:
     Patterns are compiled once, here: to change mappings build a new registry, `type(registry)(*mappings)`.
     """
 
-    def __init__(self, *mappings: Mapping):
+    def __init__(self, *mappings: ParamMapping):
         for mapping in mappings:
-            if not isinstance(mapping, Mapping):
+            if not isinstance(mapping, ParamMapping):
                 raise MappingError(f"a registry takes mappings, one by one; got {type(mapping).__name__}")
         self.mappings = list(mappings)
-        self._exact: dict[str, Mapping] = {}
-        self._patterns: list[tuple[re.Pattern, Mapping]] = []
+        self._exact: dict[str, ParamMapping] = {}
+        self._patterns: list[tuple[re.Pattern, ParamMapping]] = []
         for mapping in mappings:
             mapping.__post_init__()  # a renamed copy may have lost a wildcard
             if "*" in mapping.megatron_param:
@@ -246,13 +247,13 @@ class MegatronMappingRegistry:
         known = {m.megatron_param for m in found}
         return type(self)(*found, *(m for m in self.mappings if m.megatron_param not in known))
 
-    def __iter__(self) -> Iterator[Mapping]:
+    def __iter__(self) -> Iterator[ParamMapping]:
         return iter(self.mappings)
 
     def __len__(self) -> int:
         return len(self.mappings)
 
-    def megatron_to_hf_lookup(self, name: str) -> tuple[Mapping, tuple[Resolved, ...]]:
+    def megatron_to_hf_lookup(self, name: str) -> tuple[ParamMapping, tuple[Resolved, ...]]:
         """The mapping of a Megatron parameter and its parts. MappingError names the parameter and the nearest pattern."""
         if mapping := self._exact.get(name):
             return mapping, mapping.resolve(())

@@ -18,8 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
+from bridges.errors import GoldengateError
 
-class ViewError(ValueError):
+
+class ViewError(GoldengateError, ValueError):
     """An expression that cannot be read, or a tensor shape that does not fit it."""
 
     part: int | None = None  # which of a mapping's tensors, where there are several

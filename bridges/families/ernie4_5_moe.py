@@ -4,7 +4,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Ernie4_5_MoeForCausalLM
 
 from bridges.config_rules import HF, Fields, Rule, shared_experts
-from bridges.conversion.mapping import REPLICATED, Mapping, MegatronMappingRegistry, Part
+from bridges.conversion.mapping import REPLICATED, MegatronMappingRegistry, ParamMapping, Part
 from bridges.mechanisms.blocks import MEGATRON_LAYER, attention, embeddings, gated_mlp, moe
 from bridges.model_bridge import MegatronModelBridge
 
@@ -61,5 +61,5 @@ class Ernie45MoeBridge(MegatronModelBridge):
             *attention(),
             *gated_mlp(),
             *moe(shared="shared_experts"),
-            Mapping(f"{MEGATRON_LAYER}.mlp.router.expert_bias", (bias,), sharding=REPLICATED),
+            ParamMapping(f"{MEGATRON_LAYER}.mlp.router.expert_bias", (bias,), sharding=REPLICATED),
         )

@@ -7,7 +7,7 @@ a text model made from scratch; experts are published fused, and saved one by on
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM
 
-from bridges.conversion.mapping import Mapping, MegatronMappingRegistry
+from bridges.conversion.mapping import MegatronMappingRegistry, ParamMapping
 from bridges.mechanisms import gdn, mtp
 from bridges.mechanisms.blocks import attention, either, embeddings, fused_experts, gated_mlp, moe
 from bridges.model_bridge import MegatronModelBridge
@@ -24,13 +24,13 @@ class Qwen3_5TextBridge(MegatronModelBridge):
     }
     HF_INERT = MegatronModelBridge.HF_INERT | gdn.INERT | {"mamba_ssm_dtype"}  # of inference kernels
 
-    def mlp(self, layer: str) -> list[Mapping]:
+    def mlp(self, layer: str) -> list[ParamMapping]:
         return gated_mlp(layer=layer)
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         return MegatronMappingRegistry(*either(*(self._under(model) for model in ("model.language_model", "model"))))
 
-    def _under(self, model: str) -> list[Mapping]:
+    def _under(self, model: str) -> list[ParamMapping]:
         layer = f"{model}.layers.*"
         mappings = [
             *gdn.gated_attention(layer=layer),
@@ -56,6 +56,6 @@ class Qwen3_5MoeBridge(Qwen3_5TextBridge):
     HF_FIXED = Qwen3_5TextBridge.HF_FIXED | {"mlp_only_layers": []}
     MEGATRON_DEFAULTS = {"moe_shared_expert_gate": True}
 
-    def mlp(self, layer: str) -> list[Mapping]:
+    def mlp(self, layer: str) -> list[ParamMapping]:
         by_one = moe(layer=layer, shared="shared_expert", shared_gate="shared_expert_gate")
         return [*fused_experts(layer=layer), *by_one]

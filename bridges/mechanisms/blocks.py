@@ -11,7 +11,7 @@ from bridges.conversion.mapping import (
     ConcatenatedGatedMLPMapping,
     ConcatenatedQKVMapping,
     GatedMLPMapping,
-    Mapping,
+    ParamMapping,
     Part,
     QKVMapping,
 )
@@ -20,7 +20,9 @@ MEGATRON_LAYER = "decoder.layers.*"
 HF_LAYER = "model.layers.*"
 
 
-def embeddings(*, embed: str = "model.embed_tokens", norm: str = "model.norm", head: str = "lm_head") -> list[Mapping]:
+def embeddings(
+    *, embed: str = "model.embed_tokens", norm: str = "model.norm", head: str = "lm_head"
+) -> list[ParamMapping]:
     return [
         AutoMapping("embedding.word_embeddings.weight", f"{embed}.weight"),
         AutoMapping("decoder.final_layernorm.weight", f"{norm}.weight"),
@@ -36,11 +38,11 @@ def attention(
     qkv: str | None = None,
     qk_norm: tuple[str, str] = ("q_norm", "k_norm"),
     output: str = "o_proj",
-) -> list[Mapping]:
+) -> list[ParamMapping]:
     """Grouped-query attention with its norm; biases and q/k norms are mapped for the models that have them. `qkv` names
     one tensor of all queries, keys and values."""
     m, a = f"{MEGATRON_LAYER}.self_attention", f"{layer}.{block}"
-    mappings: list[Mapping] = [AutoMapping(f"{m}.linear_qkv.layer_norm_weight", f"{layer}.{norm}.weight")]
+    mappings: list[ParamMapping] = [AutoMapping(f"{m}.linear_qkv.layer_norm_weight", f"{layer}.{norm}.weight")]
     for kind in ("weight", "bias"):
         if qkv:
             mappings.append(ConcatenatedQKVMapping(f"{m}.linear_qkv.{kind}", f"{a}.{qkv}.{kind}"))
@@ -60,7 +62,7 @@ def attention(
 
 def gated_mlp(
     *, layer: str = HF_LAYER, norm: str = "post_attention_layernorm", gate_up: str | None = None
-) -> list[Mapping]:
+) -> list[ParamMapping]:
     """A dense feed-forward block with its norm."""
     m = f"{MEGATRON_LAYER}.mlp"
     fc1 = (
@@ -87,11 +89,11 @@ def moe(
     expert_bias: str | None = None,
     shared: str | None = None,
     shared_gate: str | None = None,
-) -> list[Mapping]:
+) -> list[ParamMapping]:
     """Routed experts, one tensor each on disk, with router and norm; shared experts where the family has them."""
     m, b = f"{MEGATRON_LAYER}.mlp", f"{layer}.{block}"
     gate, up, down = names
-    mappings: list[Mapping] = [
+    mappings: list[ParamMapping] = [
         AutoMapping(f"{MEGATRON_LAYER}.pre_mlp_layernorm.weight", f"{layer}.{norm}.weight"),
         AutoMapping(f"{m}.router.weight", f"{b}.{router}.weight"),
         *([AutoMapping(f"{m}.router.expert_bias", f"{b}.{expert_bias}")] if expert_bias else []),
@@ -113,23 +115,23 @@ def moe(
     return mappings
 
 
-def fused_experts(*, layer: str = HF_LAYER, block: str = "mlp") -> list[Mapping]:
+def fused_experts(*, layer: str = HF_LAYER, block: str = "mlp") -> list[ParamMapping]:
     """Routed experts in two tensors for all of them: gate_up_proj [E, gate and up, in], down_proj [E, out, in]."""
     m, b = f"{MEGATRON_LAYER}.mlp.experts", f"{layer}.{block}.experts"
     gate_up, down = f"{b}.gate_up_proj", f"{b}.down_proj"
     return [
-        Mapping(
+        ParamMapping(
             f"{m}.linear_fc1.weight*",
             (
                 Part(gate_up, "e ([*t f | t f]) h -> t ; f ; h"),
                 Part(gate_up, "e ([t f | *t f]) h -> t ; f ; h"),
             ),
         ),
-        Mapping(f"{m}.linear_fc2.weight*", (Part(down, "e o (t i) -> t ; o ; i"),), sharding=ROW),
+        ParamMapping(f"{m}.linear_fc2.weight*", (Part(down, "e o (t i) -> t ; o ; i"),), sharding=ROW),
     ]
 
 
-def either(*forms: list[Mapping]) -> list[Mapping]:
+def either(*forms: list[ParamMapping]) -> list[ParamMapping]:
     """Forms in which checkpoints of a family come, the published one first; a checkpoint's tensor names decide."""
     variants = [mapping for form in forms for mapping in form]
     for mapping in variants:

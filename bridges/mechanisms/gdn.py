@@ -18,7 +18,7 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmod
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from bridges.config_rules import Fields, Rule
-from bridges.conversion.mapping import AutoMapping, Mapping, Part, ReplicatedMapping
+from bridges.conversion.mapping import AutoMapping, ParamMapping, Part, ReplicatedMapping
 from bridges.layout import LayoutError
 from bridges.mechanisms.blocks import HF_LAYER, MEGATRON_LAYER
 from bridges.providers.provider import GPTModelProvider
@@ -168,12 +168,12 @@ MROPE = Rule(("rope_parameters",), _mrope_to_megatron, _mrope_to_hf)
 # -- tensors -------------------------------------------------------------------------------------------------------
 
 
-def gated_attention(*, layer: str = HF_LAYER) -> list[Mapping]:
+def gated_attention(*, layer: str = HF_LAYER) -> list[ParamMapping]:
     """Softmax attention with an output gate: q_proj holds (query, gate) for each head, linear_qkv the queries, the gates,
     the key and the value of each query group. Norms and output projection are those of blocks.attention."""
     a = f"{layer}.self_attn"
     return [
-        Mapping(
+        ParamMapping(
             f"{MEGATRON_LAYER}.self_attention.linear_qkv.weight",
             (
                 Part(f"{a}.q_proj.weight", "(g n [*d | d]) h -> g ; n d ; h"),
@@ -218,7 +218,7 @@ def _qkv(tensor: str, rest: str) -> tuple[Part, ...]:
     )
 
 
-def linear_attention(projections, *, layer: str = HF_LAYER, norm: str = "input_layernorm") -> list[Mapping]:
+def linear_attention(projections, *, layer: str = HF_LAYER, norm: str = "input_layernorm") -> list[ParamMapping]:
     """A gated delta net with the norm before it. `projections` gives the parts of its input projection (see above).
 
     Megatron holds [q k v z b a] of each rank's heads in `in_proj` and [q k v] of them in `conv1d`.
@@ -231,10 +231,10 @@ def linear_attention(projections, *, layer: str = HF_LAYER, norm: str = "input_l
     }
     return [
         AutoMapping(f"{m}.in_proj.layer_norm_weight", f"{layer}.{norm}.weight"),
-        Mapping(f"{m}.in_proj.weight", projections(block), sizes=dict(sizes)),
-        Mapping(f"{m}.conv1d.weight", _qkv(f"{block}.conv1d.weight", "o w"), sizes=dict(sizes)),
-        Mapping(f"{m}.A_log", (Part(f"{block}.A_log", "v -> v ; ;"),)),
-        Mapping(f"{m}.dt_bias", (Part(f"{block}.dt_bias", "v -> v ; ;"),)),
+        ParamMapping(f"{m}.in_proj.weight", projections(block), sizes=dict(sizes)),
+        ParamMapping(f"{m}.conv1d.weight", _qkv(f"{block}.conv1d.weight", "o w"), sizes=dict(sizes)),
+        ParamMapping(f"{m}.A_log", (Part(f"{block}.A_log", "v -> v ; ;"),)),
+        ParamMapping(f"{m}.dt_bias", (Part(f"{block}.dt_bias", "v -> v ; ;"),)),
         ReplicatedMapping(f"{m}.out_norm.weight", f"{block}.norm.weight"),
         AutoMapping(f"{m}.out_proj.weight", f"{block}.out_proj.weight"),
     ]

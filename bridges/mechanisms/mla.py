@@ -11,7 +11,7 @@ from megatron.core.transformer import mla_qk_norm_config
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from bridges.config_rules import Fields, Rule
-from bridges.conversion.mapping import AutoMapping, ColumnParallelMapping, Mapping
+from bridges.conversion.mapping import AutoMapping, ColumnParallelMapping, ParamMapping
 from bridges.mechanisms.blocks import HF_LAYER, MEGATRON_LAYER
 from bridges.providers.provider import GPTModelProvider
 
@@ -129,7 +129,7 @@ Q_LORA = Rule(  # null is a value: queries straight from the hidden state
 RULES = (rope(), HEADS, Q_LORA)
 
 
-def attention(*, layer: str = HF_LAYER) -> list[Mapping]:
+def attention(*, layer: str = HF_LAYER) -> list[ParamMapping]:
     m, a = f"{MEGATRON_LAYER}.self_attention", f"{layer}.self_attn"
     return [
         AutoMapping(f"{MEGATRON_LAYER}.input_layernorm.weight", f"{layer}.input_layernorm.weight"),

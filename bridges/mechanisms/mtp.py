@@ -10,7 +10,7 @@ import copy
 from collections.abc import Sequence
 
 from bridges.config_rules import Rule
-from bridges.conversion.mapping import AutoMapping, Mapping, Part, SwappedColumnsMapping
+from bridges.conversion.mapping import AutoMapping, ParamMapping, Part, SwappedColumnsMapping
 from bridges.mechanisms.blocks import HF_LAYER, MEGATRON_LAYER
 
 # Megatron's name of a head's decoder layer, and the one it had before.
@@ -58,7 +58,7 @@ QWEN_NAMES = {
 
 
 def heads(
-    layer: Sequence[Mapping],
+    layer: Sequence[ParamMapping],
     config,
     *,
     prefix: str = "model.layers.{n}",
@@ -70,7 +70,7 @@ def heads(
     hidden_first: bool = False,
     hf_layer: str = HF_LAYER,
     depth: int | None = None,
-) -> list[Mapping]:
+) -> list[ParamMapping]:
     """Mappings of the heads of `config` (none without one), or of `depth` heads. `layer` maps a decoder layer, which is
     `hf_layer` on disk.
 
@@ -78,7 +78,7 @@ def heads(
     `block` is what stands between it and the names of the head's decoder layer. `hidden_first`: on disk the projection's
     columns are [hidden state | embedding], in Megatron [embedding | hidden state].
     """
-    mappings: list[Mapping] = []
+    mappings: list[ParamMapping] = []
     for k in range(depth or DEPTH.to_megatron(config)["mtp_num_layers"] or 0):
         m, hf = f"mtp.layers.{k}", prefix.format(k=k, n=getattr(config, "num_hidden_layers", 0) + k)
         swap = SwappedColumnsMapping if hidden_first else AutoMapping
@@ -93,7 +93,7 @@ def heads(
     return mappings
 
 
-def _moved(mapping: Mapping, megatron: str, hf_layer: str, hf: str) -> Mapping:
+def _moved(mapping: ParamMapping, megatron: str, hf_layer: str, hf: str) -> ParamMapping:
     """The same declaration for one layer that stands elsewhere in both worlds."""
     moved = copy.copy(mapping)
     moved.megatron_param = mapping.megatron_param.replace(MEGATRON_LAYER, megatron, 1)

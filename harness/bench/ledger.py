@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bridges.errors import GoldengateError
+
 SCHEMA = "goldengate-bench-1"
 Record = dict[str, Any]
 
@@ -44,7 +46,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-class LedgerError(ValueError):
+class LedgerError(GoldengateError, ValueError):
     """A ledger that cannot be trusted or read: the message names the file and the line."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bridges.errors import GoldengateError
 from harness.bench.cases import INPUT_SETS, Case
 from harness.bench.causes import Causes, split, watched
 from harness.bench.ledger import Record, digest
@@ -23,7 +24,7 @@ NO_BACKWARD = ("#640", "issues/640", "tilelang")
 Runner = Callable[..., Any]  # pytest-benchmark's pedantic
 
 
-class ForwardOnly(RuntimeError):
+class ForwardOnly(GoldengateError, RuntimeError):
     """The kernels of this machine have no backward; the message is theirs."""
 
 

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 import toy_models
-from harness.checks.basic import Bench, NotApplicable, Outcome, Subject, assemble, gathered
+from harness.checks.logits import assemble, gathered
+from harness.checks.outcome import NotApplicable, Outcome
+from harness.checks.subject import Bench, Subject
 from harness.ranks import jobs
 
 FACTOR = 1.5  # right models reach 1.14, in 254 cells on GPUs (docs/gpu.md)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bridges import Layout
-from bridges.conversion.plan import Parameter, local_shape, prove_layout, shard_of
-from harness.checks.basic import Bench, Outcome, first_few
+from bridges.conversion.plan import shard_of
+from bridges.conversion.proof import Parameter, local_shape, prove_layout
+from harness.checks.outcome import Outcome, first_few
+from harness.checks.subject import Bench
 
 
 def check_complete(bench: Bench) -> Outcome:

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from bridges.conversion.tasks import box_view
+from bridges.conversion.transfer import box_view
 from bridges.conversion.views import Box
-from harness.checks.basic import Bench, NotApplicable, Outcome, Subject, first_few
+from harness.checks.outcome import NotApplicable, Outcome, first_few
+from harness.checks.subject import Bench, Subject
 from harness.reference.compare import relative_rms
 from harness.reference.gradients import compare_fingerprints, hf_gradients
 

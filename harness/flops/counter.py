@@ -19,12 +19,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from bridges.errors import GoldengateError
 from harness.flops.free_ops import COMMUNICATION, FREE
 
 aten: Any = torch.ops.aten
 
 
-class UncountedOp(RuntimeError):
+class UncountedOp(GoldengateError, RuntimeError):
     """An operation that neither has a formula nor is known to have no FLOPs."""
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from bridges.errors import GoldengateError
 
-class FlopsError(ValueError):
+
+class FlopsError(GoldengateError, ValueError):
     """The configuration cannot be counted: a field is missing, has the wrong type or the wrong length."""
 
 

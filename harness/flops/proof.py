@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from harness.checks.basic import Bench, Outcome, Subject, first_few
+from harness.checks.outcome import Outcome, first_few
+from harness.checks.subject import Bench, Subject
 from harness.flops.counter import Counted, counting
 from harness.flops.model import flops
 from harness.flops.run import Part

@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 
+from bridges.errors import GoldengateError
+
 GRACE_S = 3.0  # how long the other ranks may take once one has failed
 
 
-class RankError(RuntimeError):
+class RankError(GoldengateError, RuntimeError):
     """A job failed on a rank: the message is one line, `stack` the whole story."""
 
     def __init__(self, message: str, stack: str = ""):

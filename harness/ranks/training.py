@@ -10,7 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
-from bridges.conversion.tasks import box_view, destinations, is_writer
+from bridges.conversion.transfer import box_view, destinations, is_writer
 from bridges.conversion.views import Box
 from harness.ranks import jobs
 

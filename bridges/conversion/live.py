@@ -1,0 +1,42 @@
+"""Live export: whole Hugging Face tensors one by one on every rank, fed by collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from bridges.checkpoints.reader import Checkpoint
+from bridges.conversion.plan import Copy
+from bridges.conversion.tasks import ConversionTask
+from bridges.conversion.transfer import box_view, destinations, is_writer
+from bridges.layout import Coords
+
+
+@torch.no_grad()
+def live_export(
+    tasks: Sequence[ConversionTask], coords: Coords, source: Checkpoint, ignored: set[str], *, cpu: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(hf name, whole tensor) one by one on every rank, fed by collectives: for weight synchronisation. Names, shapes and
+    dtypes are the source's, and so are the values of what is `ignored`.
+
+    Writers fill their blocks of a zero tensor and the bytes are summed over all ranks, which is exact since every byte
+    but one is zero. All ranks must consume the iterator together.
+    """
+    writers: dict[str, list[tuple[torch.Tensor, Copy]]] = {}
+    for task in tasks:
+        if is_writer(task, coords):
+            for copy, name in destinations(task):
+                writers.setdefault(name, []).append((task.tensor, copy))
+    device = tasks[0].tensor.device
+    for name, info in source.tensors.items():
+        if name in ignored:
+            yield name, source.view(name).to("cpu" if cpu else device, copy=True)
+            continue
+        whole = torch.zeros(info.shape, dtype=info.dtype, device=device)
+        for tensor, copy in writers.get(name, ()):
+            box_view(whole, copy.hf_box).copy_(box_view(tensor, copy.megatron_box))
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(whole.view(-1).view(torch.uint8))
+        yield name, whole.cpu() if cpu else whole

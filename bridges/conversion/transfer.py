@@ -1,0 +1,107 @@
+"""Copies applied to real tensors: import from files, export into files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from bridges.checkpoints.reader import Checkpoint
+from bridges.conversion.mapping import REPLICATED
+from bridges.conversion.plan import Copy, PlanError
+from bridges.conversion.tasks import ConversionTask
+from bridges.conversion.views import Box
+from bridges.layout import Coords
+
+Progress = Callable[[str], None]
+
+
+def box_view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    """The block of a contiguous tensor that a box describes, as a view."""
+    return tensor.detach().as_strided(box.sizes, box.strides, tensor.storage_offset() + box.offset)
+
+
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
+
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def check_dtype(name: str, source: torch.dtype, target: torch.dtype, *, lossy: bool) -> None:
+    """Raise PlanError when values cannot be carried over: quantised codes, or fewer bits without permission."""
+    if source == target:
+        return
+    if source in _FP8 or (source in _INTEGERS) != (target in _INTEGERS):
+        raise PlanError(
+            f"{name} is {_short(source)} in the checkpoint and {_short(target)} in Megatron: quantised or "
+            "integer weights are not converted; dequantise the checkpoint first"
+        )
+    widens = torch.promote_types(source, target) == target
+    if not widens and not lossy:
+        raise PlanError(
+            f"{name} is {_short(source)} in the checkpoint and {_short(target)} in Megatron: precision would be "
+            f"lost; set provider.params_dtype = {source} or allow it with lossy=True"
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@torch.no_grad()
+def import_weights(
+    tasks: Iterable[ConversionTask], source: Checkpoint, *, lossy: bool = False, progress: Progress | None = None
+) -> None:
+    """HF files -> this rank's tensors; only the pages a rank keeps are read. Vocabulary padding becomes zero."""
+    for task in tasks:
+        if task.mapping.padded:
+            task.tensor.zero_()
+        for copy in task.copies:
+            check_dtype(copy.hf, source.tensors[copy.hf].dtype, task.tensor.dtype, lossy=lossy)
+            block = box_view(source.view(copy.hf), copy.hf_box)
+            box_view(task.tensor, copy.megatron_box).copy_(block)
+        for copy, again in task.repeats:
+            same = [box_view(source.view(name), copy.hf_box) for name in (copy.hf, again)]
+            if not torch.equal(*same):
+                raise PlanError(
+                    f"{again} differs from {copy.hf}, of which it should be a copy, and Megatron holds one of them: "
+                    "remove it from the checkpoint (a head: or set tie_word_embeddings to false)"
+                )
+        if progress:
+            progress(task.param_name)
+
+
+def is_writer(task: ConversionTask, coords: Coords) -> bool:
+    """One replica writes each block: the first of every axis on which the parameter repeats."""
+    if task.alias_of:
+        return False
+    replicated = task.mapping.sharding == REPLICATED
+    if task.mapping.is_expert:
+        return coords.edp == 0 and not (replicated and coords.etp)
+    return coords.dp == 0 and coords.cp == 0 and not (replicated and coords.tp)
+
+
+def destinations(task: ConversionTask) -> list[tuple[Copy, str]]:
+    """What an export writes: each copy with the Hugging Face tensor it goes to."""
+    return [(copy, copy.hf) for copy in task.copies] + task.repeats
+
+
+def written(tasks: Iterable[ConversionTask], coords: Coords) -> set[str]:
+    """The Hugging Face tensors of which this rank is the writer of some block."""
+    return {name for task in tasks if is_writer(task, coords) for _, name in destinations(task)}
+
+
+@torch.no_grad()
+def export_weights(
+    tasks: Iterable[ConversionTask],
+    coords: Coords,
+    view: Callable[[str], torch.Tensor],
+    progress: Progress | None = None,
+) -> None:
+    """This rank's tensors -> `view(hf name)`, the blocks it is the writer of."""
+    for task in tasks:
+        if is_writer(task, coords):
+            for copy, name in destinations(task):
+                box_view(view(name), copy.hf_box).copy_(box_view(task.tensor, copy.megatron_box))
+        if progress:
+            progress(task.param_name)
