@@ -21,6 +21,7 @@ from harness.ranks.pool import RankError
 from harness.reference import goldens
 from harness.reference.gradients import compare_fingerprints, cotangents, fingerprints, hf_gradients
 from harness.sweep import verify, verify_rows
+from tests import bounds
 
 Q, K = "model.layers.*.self_attn.q_proj.weight", "model.layers.*.self_attn.k_proj.weight"
 V = "model.layers.*.self_attn.v_proj.weight"
@@ -38,10 +39,10 @@ class SwappedKV(LlamaBridge):
 
 
 def test_gradients_agree_in_parallel_layouts():
-    """Dense and tied, with sequence parallel, virtual stages and context parallel: every parameter's gradient, near 1e-6."""
+    """Dense and tied, with sequence parallel, virtual stages and context parallel: every parameter's gradient."""
     report = verify_rows(["llama3.2_tied"], which=["tp1", "tp2-sp", "pp4-vpp2", "cp2"], checks=["grads"])
     assert report.summary()["pass"] == 4, [c.detail for c in report.cells]
-    assert all(c.value is not None and c.value < 1e-5 for c in report.cells)
+    assert all(c.value is not None and c.value < bounds.of_gradients("llama3.2_tied") for c in report.cells)
     assert "74 gradients" in report.cells[0].detail
 
 
@@ -164,7 +165,7 @@ def test_a_gradient_multiplied_by_cp_fails(monkeypatch):
 
     monkeypatch.setattr(training, "finalize_model_grads", scaled)
     cell = failing("llama3", "cp2")
-    assert cell.value == pytest.approx(1.0, abs=1e-4)
+    assert cell.value == pytest.approx(1.0, abs=bounds.of_gradients("llama3"))
     assert "lm_head.weight is off by 1" in cell.detail
 
 
@@ -204,7 +205,8 @@ def test_fingerprints_estimate_the_relative_rms():
     other = {name: g + 1e-2 * torch.randn(8, 16, generator=random) for name, g in gradients.items()}
     before, after = fingerprints(gradients), fingerprints(other)
     estimate = ((after - before)[:, 1:].square().mean() / before[:, 0].square().mean()).sqrt()
-    assert estimate.item() == pytest.approx(1e-2, rel=0.15)
+    # The root of the mean of 800 squares of normal numbers: its standard deviation is 1 / sqrt(2 * 800), 2.5 %.
+    assert estimate.item() == pytest.approx(1e-2, rel=6 * 0.025)
     assert compare_fingerprints(gradients, before, 1e-6) == []
     assert len(compare_fingerprints(other, before, 1e-3)) > 190
     assert "fingerprints [199, 5]" in compare_fingerprints(gradients, before[1:], 1.0)[0]

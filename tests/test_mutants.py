@@ -41,6 +41,7 @@ from harness.ranks.pool import Ranks
 from harness.reference import goldens
 from harness.report.cells import Cell
 from harness.sweep import verify
+from tests.bounds import roundings
 
 CHECKS = ("config", "complete", "roundtrip", "logits", "reload")
 Bridge = type[MegatronModelBridge]
@@ -743,11 +744,13 @@ def own_golden(tmp_path, monkeypatch):
 def test_a_golden_off_by_a_thousandth_is_seen(own_golden, size, status):
     """A relative error of 1e-3 in the golden is a failure that says how large it is, one of 1e-6 is not."""
     golden = own_golden()
+    own = run("llama3", None, checks=("logits",))["tp1", "logits"].value
     noise = torch.randn(golden.logits.shape, generator=torch.Generator().manual_seed(0))
     own_golden(golden.logits + noise * size * golden.logits.norm() / noise.norm())
     cells = run("llama3", None, checks=("logits", "reload"))
     assert {c.status for c in cells.values()} == {status}
-    assert cells["tp1", "logits"].value == pytest.approx(size, rel=0.05)
+    # The triangle inequality: this processor's own rounding, that of the golden, and its size that changes too.
+    assert cells["tp1", "logits"].value == pytest.approx(size, rel=0, abs=own + roundings(steps=1) + size**2)
     assert cells["tp1", "logits"].limit == 1e-4
     if status == "fail":
         assert "17 blocks agree, the output does not" in cells["tp1", "logits"].detail

@@ -20,6 +20,7 @@ import toy_models
 from bridges import AutoBridge, ConfigError, GPTModelProvider, PreTrainedCausalLM
 from bridges.hf_pretrained import PublishedConfig, load_config
 from bridges.providers import routing
+from tests.bounds import assert_apart, assert_same
 
 E, H, TOKENS = 16, 8, 257
 
@@ -73,11 +74,11 @@ def test_groups_are_scored_by_their_best_expert_as_in_deepseek_v2(numbers, topk,
     )
     logits, expected = hf_choice(DeepseekV2TopkRouter(config), weight, hidden)  # type: ignore[arg-type]
     found, chosen_experts = megatron_choice(logits, topk=topk, groups=4, chosen=chosen, best=1)
-    torch.testing.assert_close(found, expected)
+    assert_same(found, expected)
     assert (chosen_experts.sum(-1) == topk).all()
     if chosen > 1:
         other, _ = megatron_choice(logits, topk=topk, groups=4, chosen=chosen, best=2)
-        assert not torch.allclose(other, expected)
+        assert_apart(other, expected)
 
 
 @pytest.mark.parametrize(("topk", "chosen"), [(6, 2), (3, 2), (4, 1)])
@@ -97,8 +98,8 @@ def test_groups_are_scored_by_their_best_two_as_in_deepseek_v3(numbers, topk, ch
     router.e_score_correction_bias.copy_(bias)
     logits, expected = hf_choice(router, weight, hidden)
     how = {"topk": topk, "bias": bias, "scores": "sigmoid", "pre_softmax": False, "groups": 4, "chosen": chosen}
-    torch.testing.assert_close(megatron_choice(logits, **how, best=2)[0], expected)
-    assert not torch.allclose(megatron_choice(logits, **how)[0], expected)
+    assert_same(megatron_choice(logits, **how, best=2)[0], expected)
+    assert_apart(megatron_choice(logits, **how)[0], expected)
 
 
 def test_a_bias_chooses_among_softmax_scores_and_does_not_weigh(numbers):
@@ -108,8 +109,8 @@ def test_a_bias_chooses_among_softmax_scores_and_does_not_weigh(numbers):
     with torch.no_grad():
         router.moe_statics.e_score_correction_bias.copy_(bias[None] / 10)
     logits, expected = hf_choice(router, weight, hidden)
-    torch.testing.assert_close(megatron_choice(logits, topk=3, bias=bias / 10, pre_softmax=False)[0], expected)
-    assert not torch.allclose(megatron_choice(logits, topk=3, pre_softmax=False)[0], expected)
+    assert_same(megatron_choice(logits, topk=3, bias=bias / 10, pre_softmax=False)[0], expected)
+    assert_apart(megatron_choice(logits, topk=3, pre_softmax=False)[0], expected)
 
 
 @pytest.mark.parametrize("row", ["qwen3_moe", "moonlight", "bailing_moe_v2"])
