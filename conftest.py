@@ -86,8 +86,8 @@ def ranks():
     import torch
 
     from bridges.providers import cpu_substitutions
+    from harness.quiet import quiet
     from harness.ranks.pool import Ranks
-    from harness.sweep import quiet
 
     quiet()
     if not torch.cuda.is_available():

@@ -138,7 +138,7 @@ def flops(
 
     from harness.flops import command
     from harness.flops import flops as count
-    from harness.sweep import quiet
+    from harness.quiet import quiet
 
     quiet()
     try:

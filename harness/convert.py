@@ -26,9 +26,9 @@ from bridges.conversion.agreement import of_all_ranks
 from bridges.providers import cpu_substitutions
 from bridges.providers.groups import ensure_process_groups
 from harness.checks.outcome import first_few
+from harness.quiet import quiet
 from harness.ranks import jobs
 from harness.ranks.pool import Ranks
-from harness.sweep import quiet
 
 DEADLINE_S = 24 * 3600.0
 MAX_RANKS = 64  # forked ranks on one machine

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import os
 import platform
 import shutil
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from harness import layouts, workers
 from harness.checks.outcome import NotApplicable, Outcome
 from harness.checks.subject import Bench, Subject
 from harness.checks.table import CHECKS, FUNCTIONS
+from harness.quiet import quiet
 from harness.ranks import jobs
 from harness.ranks.pool import RankError, Ranks
 from harness.report.cells import Cell, Report
@@ -258,16 +257,3 @@ def speed(cells: Sequence[Cell]) -> dict:
         if one.status != "skip":
             per_cell.setdefault(Layout.parse(one.layout).world_size, []).append(one.seconds)
     return {f"{n}-rank cell, median s": round(statistics.median(times), 3) for n, times in sorted(per_cell.items())}
-
-
-def quiet() -> None:
-    """Megatron and transformers say much on import and construction that is no news here."""
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    for name in ("megatron", "transformers", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()

@@ -656,3 +656,9 @@ def test_fused_kernels_change_no_result(model, ranks):
     assert relative_rms(fused, loss) <= 1e-5
     assert gradients.keys() == theirs.keys()
     assert max(relative_rms(theirs[name], gradients[name]) for name in gradients) <= 1e-4
+
+
+def test_plot_without_matplotlib_says_which_extra(two_runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert goldengate(monkeypatch, "bench", "plot", two_runs, "--out", tmp_path / "page.svg") == 2
+    assert "a picture needs matplotlib: pip install 'goldengate[bench]'" in capsys.readouterr().err

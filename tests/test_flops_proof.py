@@ -6,11 +6,11 @@ from megatron.core.ssm.gated_delta_net.common import torch_chunk_gated_delta_rul
 from torch.utils.flop_counter import FlopCounterMode
 
 from bridges import Layout
+from harness.checks.flops import cotangent_of, count_on_rank, differences, expected_table, place_and_part
 from harness.checks.subject import Bench, Subject
 from harness.flops import Run, blocks, flops, recurrent
 from harness.flops import model as model_module
 from harness.flops.counter import Counted, OpCounter, UncountedOp, counting
-from harness.flops.proof import cotangent_of, count_on_rank, differences, expected_table, place_and_part
 from harness.flops.run import Part
 from harness.sweep import verify_rows
 

@@ -16,6 +16,18 @@ def runs(records: list[Record]) -> list[str]:
     return list(dict.fromkeys(run_of(r) for r in records))
 
 
+def _pyplot() -> Any:
+    """matplotlib's drawing functions, without a screen. It is an extra: only pictures need it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise LedgerError("a picture needs matplotlib: pip install 'goldengate[bench]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def plot(records: list[Record], out: Path) -> None:
     """One page for one device. LedgerError for a file that is no .png or .svg, and where there is nothing to draw."""
     if out.suffix not in FORMATS:
@@ -23,11 +35,7 @@ def plot(records: list[Record], out: Path) -> None:
     drawn = {case: lines for case, lines in by_case(records).items() if lines[0]["tflops"] is not None}
     if not drawn:
         raise LedgerError("no line has FLOPs: nothing to plot")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(19, 7.5), constrained_layout=True, width_ratios=(3, 3, 4))
     colours = plt.get_cmap("tab20")
     style = {case: (colours(i // 2 % 20), "o" if i % 2 else "^") for i, case in enumerate(drawn)}

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from harness.checks.bf16 import check_bf16
 from harness.checks.complete import check_complete
 from harness.checks.config import check_config
+from harness.checks.flops import check_flops
 from harness.checks.grads import check_grads
 from harness.checks.logits import check_logits
 from harness.checks.outcome import Outcome
 from harness.checks.reload import check_reload
 from harness.checks.roundtrip import check_roundtrip
 from harness.checks.subject import Bench
-from harness.flops.proof import check_flops
 
 CHECKS = ("config", "complete", "roundtrip", "logits", "reload", "grads")
 

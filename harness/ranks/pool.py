@@ -132,7 +132,7 @@ def _serve(rank: int, world_size: int, connection: Connection, folder: Path) -> 
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         _first_configurations()
-        from harness.sweep import quiet
+        from harness.quiet import quiet
 
         quiet()
     ready = False
