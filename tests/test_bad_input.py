@@ -673,12 +673,16 @@ def test_goldens_that_are_missing_or_have_no_row_are_refused(tmp_path):
 
 
 def test_a_fresh_interpreter_says_the_same(copy, tmp_path):
-    """The console script itself, from a shell."""
+    """The console script itself, from a shell; also where a CUDA compiler is and no GPU, of which torch warns."""
     folder = copy()
     cut(folder, -100)
     script = Path(sys.executable).with_name("goldengate")
     ended = subprocess.run(
-        [script, "convert", "import", folder, tmp_path / "target"], capture_output=True, text=True, timeout=300
+        [script, "convert", "import", folder, tmp_path / "target"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "CUDA_HOME": str(tmp_path)},
     )
     assert ended.returncode == 2
     assert ended.stdout == ""
