@@ -4,11 +4,13 @@ import os
 import re
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 
 from bridges.auto_bridge import _together
+from harness.ranks import pool as pool_module
 from harness.ranks.pool import Pool, RankError, Ranks
 
 
@@ -187,3 +189,33 @@ def test_closing_ends_every_rank_and_removes_their_folder():
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+# Another torch
+
+
+def test_fault_J_an_argument_that_a_newer_torch_gives_to_gloo(monkeypatch):
+    """One that is off changes nothing; one that is on goes to torch, whose word it is whether it knows it."""
+    seen = []
+    plain = torch.distributed.ProcessGroupGloo
+
+    class Newer(plain):
+        def __init__(self, *args, **options):
+            seen.append(options)
+            super().__init__(*args)
+
+    monkeypatch.setattr(torch.distributed, "ProcessGroupGloo", Newer)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "ProcessGroupGloo", Newer)
+    pool_module._one_event_loop()
+    sharing = torch.distributed.distributed_c10d.ProcessGroupGloo
+    for reconfigure in (False, True):
+        sharing(torch.distributed.HashStore(), 0, 1, timeout=timedelta(seconds=5), enable_reconfigure=reconfigure)
+    assert seen == [{}, {"enable_reconfigure": True}]
+
+
+def test_fault_J_a_torch_whose_gloo_cannot_share_is_named_and_works(monkeypatch, caplog):
+    plain = torch.distributed.ProcessGroupGloo
+    monkeypatch.setattr(torch.distributed, "ProcessGroupGloo", type("Another", (), {}))
+    pool_module._one_event_loop()
+    assert f"torch {torch.__version__}: gloo groups cannot share a device" in caplog.text
+    assert torch.distributed.distributed_c10d.ProcessGroupGloo is plain

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import logging
 import multiprocessing
 import os
 import shutil
@@ -171,12 +172,23 @@ def _first_configurations() -> None:
 
 def _one_event_loop() -> None:
     """All gloo groups of a rank share one device. Each would have its own, with a thread that wakes a hundred times a second,
-    and Megatron makes dozens of groups a rank: a third of the processor went there."""
+    and Megatron makes dozens of groups a rank: a third of the processor went there. A torch whose gloo cannot share a device
+    is told by its version, and goes on with a device for each group."""
     plain: Any = torch.distributed.ProcessGroupGloo
-    device = plain.create_device(interface="lo")
+    try:
+        device = plain.create_device(interface="lo")
+        plain._Options()._devices, plain._Options()._threads, plain._Options()._timeout
+    except (AttributeError, TypeError, RuntimeError) as error:
+        logging.getLogger(__name__).warning(
+            "torch %s: gloo groups cannot share a device (%s); ranks work, but slower", torch.__version__, error
+        )
+        return
 
     class Sharing(plain):
-        def __init__(self, store, rank, size, timeout):
+        def __init__(self, store, rank, size, timeout=None, **more):
+            if timeout is None or any(more.values()):  # something that is not known here is asked for: torch's own way
+                super().__init__(store, rank, size, *([] if timeout is None else [timeout]), **more)
+                return
             options = plain._Options()
             options._devices, options._threads, options._timeout = [device], 1, timeout
             super().__init__(store, rank, size, options)
