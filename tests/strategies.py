@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
 
+import toy_models
 from bridges import (
     ColumnParallelMapping,
     ConcatenatedGatedMLPMapping,
@@ -193,7 +196,14 @@ def _packed(draw, dims) -> Conversion:
     shapes = {"qkvz": (heads * 2 * (d + r * e), h), "ba": (heads * 2 * r, h)}
     rows = shapes["qkvz"][0] + shapes["ba"][0]
     return Conversion(
-        "packed", ParamMapping(name, parts), (name,), shapes, (rows, h), {"d": d, "r": r, "e": e}, dims, divisors(heads)
+        "packed",
+        ParamMapping(name, parts, sizes={"d": d, "r": r, "e": e}),
+        (name,),
+        shapes,
+        (rows, h),
+        {"d": d, "r": r, "e": e},
+        dims,
+        divisors(heads),
     )
 
 
@@ -220,3 +230,113 @@ def conversions(draw: st.DrawFn, kind: str) -> Conversion:
         for symbol, most in {"g": 6, "n": 4, "d": 4, "h": 4, "f": 3, "e": 3, "t": 4}.items()
     }
     return _KINDS[kind](draw, dims)
+
+
+def values(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Finite tensors of a dtype in which no two elements are alike, as far as it has so many numbers."""
+    start, tensors = 1, {}
+    for name, shape in shapes.items():
+        count = math.prod(shape)
+        numbers = torch.arange(start, start + count)
+        if dtype.itemsize == 2:  # bit patterns: consecutive numbers of 16 bits, none of them infinite
+            tensors[name] = (numbers % 31_000).to(torch.int16).view(dtype).view(shape)
+        else:
+            tensors[name] = numbers.to(dtype).view(shape)
+        start += count
+    return tensors
+
+
+@st.composite
+def layouts_of_size(draw: st.DrawFn, tps: tuple[int, ...], experts: int, most: int = 16) -> Layout:
+    """Any layout of at most `most` ranks whose tensor-parallel sizes are among `tps` and whose expert-parallel size divides
+    the experts, over every axis: tp, pp, vpp, ep, etp, cp, sp, dp and an explicit split."""
+    small = [tp for tp in tps if tp <= 4]
+    tp = draw(st.sampled_from(small))
+    etp = draw(st.sampled_from([n for n in small if n <= 2])) if experts else None
+    ep = draw(st.sampled_from([n for n in divisors(experts, 4)])) if experts else 1
+    pp, cp, dp = (draw(st.sampled_from(sizes)) for sizes in ((1, 2, 3), (1, 2), (1, 2)))
+    vpp = draw(st.sampled_from((1, 2))) if pp > 1 else 1
+    chunks = pp * vpp
+    split = draw(st.none() | st.lists(st.integers(1, 3), min_size=chunks, max_size=chunks).map(tuple))
+    sp = draw(st.booleans()) if tp > 1 else False
+    for pp_, cp_, dp_ in ((pp, cp, dp), (pp, cp, 1), (pp, 1, 1), (1, 1, 1)):  # the first that is small enough
+        fields = {"vpp": vpp if pp_ > 1 else 1, "split": split if pp_ > 1 else None}
+        try:
+            layout = Layout(tp=tp, pp=pp_, cp=cp_, dp=dp_, ep=ep, etp=etp, sp=sp, **fields)
+        except LayoutError:  # no room for the experts with this data-parallel size
+            continue
+        if layout.world_size <= most:
+            return layout
+    return Layout(tp=tp, ep=ep, etp=etp, sp=sp)
+
+
+# Whole models.
+
+FAMILIES = tuple(row for row in toy_models.rows() if "-square" not in row)
+_EXPERTS = ("num_experts", "n_routed_experts", "moe_num_experts", "num_local_experts")
+_MTP = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+
+
+def _layers(draw: st.DrawFn, config: dict) -> None:
+    """Fewer layers: what is said layer by layer is cut but for the last, of whose kind the layers of MTP are."""
+    least = config.get("first_k_dense_replace", 1) + 1
+    every = config.get("full_attention_interval", 1) if "layer_types" not in config else 1
+    count = config["num_hidden_layers"] = draw(st.integers(max(least, 3), 6).filter(lambda n: n % every == 0))
+    for key in ("layer_types", "mlp_layer_types", "no_rope_layers"):
+        if key in config:
+            config[key] = [*config[key][: count - 1], config[key][-1]]
+    if "moe_layer_end_index" in config:
+        config["moe_layer_end_index"] = count - 1
+    if "max_window_layers" in config:
+        config["max_window_layers"] = min(config["max_window_layers"], count)
+
+
+def _heads(draw: st.DrawFn, config: dict) -> None:
+    groups = draw(st.sampled_from((1, 2, 4)))
+    if "kv_lora_rank" in config:  # latent attention has no groups
+        config["num_attention_heads"] = 4 * groups
+        if "num_key_value_heads" in config:
+            config["num_key_value_heads"] = 4 * groups
+        config["hidden_size"] = draw(st.sampled_from((32, 48, 64)))
+        return
+    config["num_key_value_heads"] = groups
+    heads = config["num_attention_heads"] = groups * draw(st.sampled_from((1, 2, 3)))
+    config["hidden_size"] = draw(st.sampled_from((32, 48, 64))) if "head_dim" in config else heads * 16
+
+
+def _experts_of(draw: st.DrawFn, config: dict) -> int | None:
+    key = next((key for key in _EXPERTS if key in config), None)
+    if key is not None:
+        config[key] = draw(st.sampled_from((8, 16)))
+        return config[key]
+    return None
+
+
+@st.composite
+def family_configs(draw: st.DrawFn, row: str) -> tuple[dict, Layout]:
+    """(a toy row's file with other dims, groups, experts, layers, tied or untied, with or without heads of multi-token
+    prediction; a layout that fits it)."""
+    config = copy.deepcopy(toy_models.builder._read(row))
+    _layers(draw, config)
+    _heads(draw, config)
+    experts = _experts_of(draw, config)
+    widths = {
+        "intermediate_size": (16, 24, 40),
+        "moe_intermediate_size": (8, 24),
+        "shared_expert_intermediate_size": (16, 24),
+    }
+    for key, sizes in widths.items():
+        if key in config:
+            config[key] = draw(st.sampled_from(sizes))
+    config["vocab_size"] = draw(st.integers(128, 150))  # the row's special tokens are below
+    if "_mtp" not in config and "_reference" not in config and "tie_word_embeddings" in config:
+        config["tie_word_embeddings"] = draw(st.booleans())
+    if "_mtp" in config and any(key in config for key in _MTP) and draw(st.booleans()):
+        del config["_mtp"]
+        config |= {key: 0 for key in _MTP if key in config}
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
+    tps = tuple(tp for tp in (1, 2, 4) if heads % tp == 0 and (groups % tp == 0 or tp % groups == 0))
+    layout = draw(layouts_of_size(tps, experts or 0, most=8))
+    stages = min(layout.pp, config["num_hidden_layers"])
+    vpp = layout.vpp if stages * layout.vpp <= config["num_hidden_layers"] and stages > 1 else 1
+    return config, dataclasses.replace(layout, pp=stages, vpp=vpp, split=None)

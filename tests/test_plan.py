@@ -16,10 +16,13 @@ from bridges import GatedMLPMapping, Layout, MegatronMappingRegistry, PlanError,
 from bridges.conversion.mapping import REPLICATED
 from bridges.conversion.plan import Copy, Shard, copies
 from bridges.conversion.proof import Parameter, local_shape, prove, prove_layout
-from bridges.conversion.transfer import box_view
+from bridges.conversion.tasks import ConversionTask
+from bridges.conversion.transfer import box_view, export_weights, import_weights
 from bridges.conversion.views import Box
 from bridges.families.llama import LlamaBridge
 from bridges.families.qwen3 import Qwen3MoeBridge
+from bridges.layout import Coords
+from tests import simulated
 from tests.strategies import CONVERSIONS, Conversion, conversions
 
 # -- a conversion on real tensors --------------------------------------------------------------------------------------
@@ -50,21 +53,27 @@ def plans(case: Conversion, tp: int) -> dict[tuple[str, int], tuple[tuple[int, .
 
 
 def imported(case: Conversion, tp: int, source: dict[str, torch.Tensor]) -> dict[tuple[str, int], torch.Tensor]:
-    """Every shard, filled from the Hugging Face tensors over a poison of NaN."""
-    shards = {}
-    for key, (shape, plan) in plans(case, tp).items():
-        shards[key] = torch.full(shape, math.nan, dtype=torch.float64)
-        for copy in plan:
-            box_view(shards[key], copy.megatron_box).copy_(box_view(source[copy.hf], copy.hf_box))
-    return shards
+    """Every shard, imported by the product from the Hugging Face tensors over a poison of NaN."""
+    tasks = tasks_of(case, tp)
+    import_weights(tasks.values(), simulated.Source(source))
+    return {key: task.tensor for key, task in tasks.items()}
+
+
+def tasks_of(case: Conversion, tp: int) -> dict[tuple[str, int], ConversionTask]:
+    mapping = case.mapping
+    return {
+        (name, rank): ConversionTask(name, mapping, simulated.poison(shape, torch.float64), plan)
+        for (name, rank), (shape, plan) in plans(case, tp).items()
+    }
 
 
 def exported(case: Conversion, tp: int, shards: dict[tuple[str, int], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The Hugging Face tensors, filled from every shard over a poison of NaN."""
+    """The Hugging Face tensors, exported by the product from every shard over a poison of NaN."""
     target = {n: torch.full(s, math.nan, dtype=torch.float64) for n, s in case.hf_shapes.items()}
-    for key, (_, plan) in plans(case, tp).items():
-        for copy in plan:
-            box_view(target[copy.hf], copy.hf_box).copy_(box_view(shards[key], copy.megatron_box))
+    for (name, rank), task in tasks_of(case, tp).items():
+        task.tensor.copy_(shards[name, rank])
+        coords = Coords(tp=rank, cp=0, dp=0, pp=0, etp=rank, ep=0, edp=0)
+        export_weights([task], coords, target.__getitem__)
     return target
 
 
@@ -77,7 +86,7 @@ def elements(box: Box, numel: int) -> list[int]:
 
 
 def oracle(case: Conversion, tp: int, hf: dict[str, torch.Tensor]) -> dict[tuple[str, int], torch.Tensor]:
-    """The shards, put together with torch.cat and torch.chunk alone; vocabulary padding is NaN."""
+    """The shards, put together with torch.cat and torch.chunk alone; vocabulary padding is zero."""
     dims, tensors = case.dims, list(hf.values())
     out = {}
     for i, name in enumerate(case.names):
@@ -110,7 +119,7 @@ def oracle(case: Conversion, tp: int, hf: dict[str, torch.Tensor]) -> dict[tuple
             shards = whole.chunk(tp, dim=1)
         elif case.kind == "vocabulary":
             rows = -(-case.shape[0] // tp) * tp
-            padding = torch.full((rows - len(tensors[0]), dims["h"]), math.nan, dtype=torch.float64)
+            padding = torch.zeros((rows - len(tensors[0]), dims["h"]), dtype=torch.float64)
             shards = torch.cat([tensors[0], padding]).chunk(tp)
         else:
             shards = tensors[0].chunk(tp) if case.kind == "column" else tensors
@@ -138,7 +147,7 @@ def qkv_case(groups: int) -> Conversion:
 @given(data=st.data())
 def test_import_lays_parameters_out_as_megatron_does(kind, data):
     """Every shard equals what torch.cat and torch.chunk make, for any tensor-parallel size that divides: also above the
-    number of query groups, where ranks hold even cuts of the fused rows. What no copy writes is vocabulary padding."""
+    number of query groups, where ranks hold even cuts of the fused rows. What no copy writes is vocabulary padding, and zero."""
     case = data.draw(conversions(kind))
     tp = data.draw(st.sampled_from(case.tps))
     hf = hf_tensors(case)
@@ -146,8 +155,7 @@ def test_import_lays_parameters_out_as_megatron_does(kind, data):
     assert set(shards) == set(expected)
     for key, shard in shards.items():
         assert shard.shape == expected[key].shape
-        assert torch.equal(shard.nan_to_num(-1), expected[key].nan_to_num(-1)), key
-        assert case.mapping.padded or not shard.isnan().any()
+        assert torch.equal(shard, expected[key]), key
 
 
 @pytest.mark.parametrize("kind", CONVERSIONS)

@@ -29,7 +29,8 @@ def live_export(
         if is_writer(task, coords):
             for copy, name in destinations(task):
                 writers.setdefault(name, []).append((task.tensor, copy))
-    device = tasks[0].tensor.device
+    # A pipeline stage may hold nothing, and takes part in the sums all the same.
+    device = tasks[0].tensor.device if tasks else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, info in source.tensors.items():
         if name in ignored:
             yield name, source.view(name).to("cpu" if cpu else device, copy=True)
