@@ -301,7 +301,8 @@ def _heads(draw: st.DrawFn, config: dict) -> None:
         return
     config["num_key_value_heads"] = groups
     heads = config["num_attention_heads"] = groups * draw(st.sampled_from((1, 2, 3)))
-    config["hidden_size"] = draw(st.sampled_from((32, 48, 64))) if "head_dim" in config else heads * 16
+    # A multiple of the heads also where head_dim is given: Llama's config class insists.
+    config["hidden_size"] = heads * (draw(st.sampled_from((8, 16, 24))) if "head_dim" in config else 16)
 
 
 def _experts_of(draw: st.DrawFn, config: dict) -> int | None:

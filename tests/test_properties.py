@@ -22,7 +22,7 @@ from tests import simulated
 from tests.strategies import CONVERSIONS, FAMILIES, Conversion, conversions, family_configs, layouts_of_size, values
 
 QUICK = settings(max_examples=15, deadline=None)
-FEW = settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 
 # -- one mapping in any layout ---------------------------------------------------------------------------------------------
 
