@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ import torch.distributed as dist
 from transformers import PreTrainedConfig
 
 from bridges import families as _families  # noqa: F401 - registers every family
-from bridges.checkpoints.reader import Checkpoint, CheckpointError
+from bridges.checkpoints.companions import companions
+from bridges.checkpoints.reader import CONFIG_FILE, Checkpoint, CheckpointError
 from bridges.checkpoints.writer import CheckpointWriter
 from bridges.conversion.agreement import of_all_ranks
 from bridges.conversion.live import live_export
@@ -25,21 +27,6 @@ from bridges.hf_pretrained import PreTrainedCausalLM
 from bridges.layout import Coords
 from bridges.model_bridge import ConfigError, MegatronModelBridge
 from bridges.providers.provider import GPTModelProvider
-
-# Beside the weights, an exported model needs these files of its source.
-COPIED_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "generation_config.json",
-    "chat_template*",
-    "added_tokens.json",
-    "preprocessor_config.json",
-    "configuration_*.py",
-    "modeling_*.py",
-)
 
 
 class AutoBridge:
@@ -208,6 +195,7 @@ class AutoBridge:
         CheckpointError for a folder that is not empty or a disk that is too small, leaving nothing behind.
         """
         source, tasks, coords = self._plan(model, hf_path)
+        extra = self._extra_files(_config(model), source)
         writer = CheckpointWriter(
             path,
             {
@@ -229,15 +217,14 @@ class AutoBridge:
 
         try:
             _together(write)
-            _together((lambda: writer.commit(self._extra_files(_config(model), source))) if first else None)
+            _together((lambda: writer.commit(extra)) if first else None)
         except BaseException:
             writer.abort()
             raise
 
-    def _extra_files(self, provider: GPTModelProvider, source: Checkpoint) -> dict[str, bytes]:
-        files = {file.name: file.read_bytes() for pattern in COPIED_FILES for file in source.path.glob(pattern)}
-        files["config.json"] = (json.dumps(self.megatron_to_hf_config(provider), indent=2) + "\n").encode()
-        return files
+    def _extra_files(self, provider: GPTModelProvider, source: Checkpoint) -> dict[str, str | bytes | Path]:
+        config = json.dumps(self.megatron_to_hf_config(provider), indent=2) + "\n"
+        return {**companions(source.path), CONFIG_FILE: config}
 
 
 def _config(model) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING as HF_CONFIG_CLASSES
 from transformers import AutoConfig, PreTrainedConfig
 
+from bridges.checkpoints.companions import LEFT_BEHIND
 from bridges.checkpoints.reader import Checkpoint, CheckpointError
 from bridges.model_bridge import ConfigError, MegatronModelBridge
 
@@ -128,7 +129,7 @@ def _hub_folder(repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]))
+        return Path(snapshot_download(repo, ignore_patterns=list(LEFT_BEHIND)))
     except Exception as error:
         raise CheckpointError(
             f"{repo} is neither a folder nor a model that the hub (or its cache) gives: {str(error).splitlines()[0]}"

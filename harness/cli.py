@@ -25,7 +25,23 @@ app.add_typer(golden_app, name="golden")
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 
-JsonOption = Annotated[str | None, typer.Option("--json", help="Write JSON to this file; - is standard output.")]
+
+def _output(target: Any) -> Any:
+    """An option that names an output: refused before the work starts when it could not be written after it."""
+    if target and str(target) != "-":
+        path = Path(target)
+        if path.is_dir() or not path.parent.is_dir():
+            why = f"{path} is a folder" if path.is_dir() else f"{path.parent} is not a folder: make it first"
+            raise ValueError(f"cannot write {target}: {why}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"cannot write {target}: permission denied")
+    return target
+
+
+JsonOption = Annotated[
+    str | None,
+    typer.Option("--json", help="Write JSON to this file; - is standard output.", callback=_output),
+]
 Rows = Annotated[list[str] | None, typer.Argument(help="Rows (toy models); all when none is given.")]
 LayoutOption = Annotated[str, typer.Option("--layout", help="e.g. tp2-pp2-ep2-sp")]
 TrustOption = Annotated[
@@ -83,7 +99,7 @@ def verify(
         typer.Option(help="config, complete, roundtrip, logits, reload, grads (all by default), flops."),
     ] = None,
     json_file: JsonOption = None,
-    html: Annotated[str | None, typer.Option(help="Write the report as one static page.")] = None,
+    html: Annotated[str | None, typer.Option(help="Write the report as one static page.", callback=_output)] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="That share the rows; as many as there are cores, up to 8, by default.")
     ] = None,
@@ -302,7 +318,7 @@ def bench_compare(a: Selection, b: Selection, json_file: JsonOption = None) -> N
 @bench_app.command("plot")
 def bench_plot(
     selection: Selection,
-    out: Annotated[Path, typer.Option(help="The picture, .png or .svg.")],
+    out: Annotated[Path, typer.Option(help="The picture, .png or .svg.", callback=_output)],
 ) -> None:
     """TFLOP/s by commit or label, and measured time against predicted."""
     from harness.bench import ledger

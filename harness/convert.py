@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bridges import AutoBridge, CheckpointError, Layout
+from bridges.checkpoints.companions import companions
 from bridges.checkpoints.comparison import same_bytes
 from bridges.checkpoints.reader import Checkpoint
 from bridges.conversion.agreement import of_all_ranks
@@ -118,6 +119,8 @@ def _must_be_new(target: Path) -> None:
         raise CheckpointError(f"{target} is not empty: empty it or choose another folder")
     if not target.parent.is_dir():
         raise CheckpointError(f"{target.parent} is not a folder: make it before writing {target.name}")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise CheckpointError(f"{target} cannot be written: permission denied; choose another folder")
 
 
 class _Conversion:
@@ -134,6 +137,7 @@ class _Conversion:
         # Everything that can be wrong with the input is found here, before any rank is forked or file is made.
         bridge = AutoBridge.from_hf_pretrained(source, trust)
         bridge.to_megatron_provider(load_weights=False).apply_layout(self.layout).check_layout()
+        companions(source)
         self.nbytes = sum(info.nbytes for info in bridge.hf_pretrained.checkpoint.tensors.values())
         cpu_substitutions.install()
         torch.set_num_threads(1)

@@ -241,9 +241,17 @@ def describe(row: str, chosen: Sequence[Layout]) -> dict:
     }
 
 
+def _version(library: str) -> str:
+    """What is unknown must not cost the cells that have run."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (no distribution metadata)"
+
+
 def environment() -> dict:
     return {
-        **{name: importlib.metadata.version(name) for name in LIBRARIES},
+        **{name: _version(name) for name in LIBRARIES},
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cores": os.cpu_count(),

@@ -99,7 +99,7 @@ class Checkpoint:
         weight_map = _read_weight_map(folder)
         tensors, files, metadata, maps = {}, {}, {}, {}
         for file in [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values())):
-            _check_inside(folder, file)
+            check_inside(folder, file)
             maps[file] = map_file(folder / file, mmap.MAP_PRIVATE | MAP_NORESERVE)
             found, metadata[file] = _parse_header(folder / file, file, maps[file])
             for info in found:
@@ -196,7 +196,7 @@ def _read_weight_map(folder: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def _check_inside(folder: Path, file: str) -> None:
+def check_inside(folder: Path, file: str) -> None:
     """Refuse a link out of the folder, except into huggingface_hub's cache, where every file is a link."""
     allowed = [folder.resolve()]
     if allowed[0].parent.name == "snapshots":  # snapshots/<revision>/<file> -> ../../blobs/<hash>

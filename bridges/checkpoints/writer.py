@@ -27,7 +27,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -158,14 +158,15 @@ class CheckpointWriter:
         """Let go of the files. A view still held writes to its file, even after `commit`: drop it."""
         self._maps.clear()
 
-    def commit(self, extra_files: Mapping[str, str | bytes]) -> None:
+    def commit(self, extra_files: Mapping[str, str | bytes | Path]) -> None:
         """Give the files their names, once all processes have flushed; in the process that called `create`.
 
-        Extra files (config.json, tokenizer, ...) come first, then the tensors, then the index: a crash at
-        whatever moment leaves no folder that looks complete and is not.
+        Extra files (config.json, tokenizer, ...; contents, or the Path of a file to copy) come first, then the
+        tensors, then the index: a crash at whatever moment leaves no folder that looks complete and is not.
         """
         for name in extra_files:
-            if Path(name).name != name or name in (*self._headers, INDEX_FILE):
+            plain = name == str(PurePosixPath(name)) and not name.startswith("/") and ".." not in name.split("/")
+            if not plain or name in ("", ".", *self._headers, INDEX_FILE):
                 raise CheckpointError(f"{self.folder}: {name!r} cannot be an extra file: use another name")
         self.close()
         try:
@@ -193,7 +194,8 @@ class CheckpointWriter:
                 path.rmdir() if path.is_dir() else path.unlink()
 
     def _partial(self, file: str) -> Path:
-        return self.folder / f".{file}.partial"
+        path = self.folder / file
+        return path.with_name(f".{path.name}.partial")
 
     def _index_text(self) -> str:
         """As transformers writes it; total_size counts the tensors' bytes without headers."""
@@ -202,12 +204,23 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
-    def _write(self, file: str, content: str | bytes) -> None:
+    def _write(self, file: str, content: str | bytes | Path) -> None:
+        self._make_folder(self._partial(file).parent)
         with open(self._partial(file), "xb") as handle:
             self._created.append(self._partial(file))
-            handle.write(content.encode() if isinstance(content, str) else content)
+            if isinstance(content, Path):
+                with open(content, "rb") as source:
+                    shutil.copyfileobj(source, handle)
+            else:
+                handle.write(content.encode() if isinstance(content, str) else content)
         _sync(self._partial(file))
         self._rename(file)
+
+    def _make_folder(self, folder: Path) -> None:
+        if not folder.is_dir():
+            self._make_folder(folder.parent)
+            folder.mkdir()
+            self._created.append(folder)
 
     def _rename(self, file: str) -> None:
         os.replace(self._partial(file), self.folder / file)
