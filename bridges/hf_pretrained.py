@@ -117,12 +117,23 @@ def load_config(raw: dict[str, Any], path: Path, trusted: bool) -> PreTrainedCon
 def _config_class(raw: dict[str, Any]) -> type[PreTrainedConfig] | None:
     """transformers' own, or that of a bridge's model type which this one is another name of; None: nobody knows."""
     model_type = raw.get("model_type") or ""
+    if _states_its_fields(raw):
+        return PublishedConfig
     if model_type in HF_CONFIG_CLASSES:
         return HF_CONFIG_CLASSES[model_type]
     registration = MegatronModelBridge.registered(raw.get("architectures"))
     if registration is None or not model_type or model_type not in (registration.model_type, *registration.aliases):
         return None
     return _config_class({"model_type": registration.model_type}) or PublishedConfig
+
+
+def _states_its_fields(raw: dict[str, Any]) -> bool:
+    """Has the config.json a bridge that states all fields itself (HF_FIELDS), since transformers did not have the model?
+    transformers may gain it, under other field names and with defaults; the file and its bridge stay what they are."""
+    registration = MegatronModelBridge.registered(raw.get("architectures"))
+    if registration is None or not registration.bridge.HF_FIELDS:
+        return False
+    return raw.get("model_type") in (registration.model_type, *registration.aliases)
 
 
 def _hub_folder(repo: str) -> Path:

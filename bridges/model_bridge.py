@@ -266,7 +266,7 @@ class MegatronModelBridge:
 
     @classmethod
     def _declared_fields(cls, model_type: str | None) -> set[str]:
-        if not model_type or model_type not in HF_CONFIG_CLASSES:
+        if cls.HF_FIELDS or not model_type or model_type not in HF_CONFIG_CLASSES:
             ruled = {name for rule in cls.CONFIG_RULES for name in rule.hf}
             return {*cls.HF_FIELDS, *cls.HF_FIXED, *ruled} if cls.HF_FIELDS else set()
         blank = HF_CONFIG_CLASSES[model_type]()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
-from transformers import DeepseekV3Config
+from transformers import CONFIG_MAPPING, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeTopKRouter
@@ -222,3 +222,34 @@ def test_another_architecture_or_model_type_still_needs_permission(fields):
     raw = {**copy.deepcopy(toy_models.config_dict("kimi_k2")), **fields}
     with pytest.raises(ConfigError, match="ships its own code"):
         load_config(raw, Path("model"), trusted=False)
+
+
+@pytest.mark.parametrize("row", ["bailing_moe_v2", "sarvam_moe", "sarvam_mla"])
+def test_fault_J_a_model_type_that_transformers_gains_changes_nothing(row, monkeypatch):
+    """Not how config.json is read, though the new class calls a field otherwise and has defaults for those it lacks; not the
+    provider; not the config.json that is written."""
+    raw = toy_models.config_dict(row)
+
+    def read():
+        bridge = AutoBridge(PreTrainedCausalLM(load_config(raw, Path("model"), trusted=False), raw))
+        provider = bridge.to_megatron_provider()
+        return (
+            type(bridge.hf_pretrained.config),
+            provider,
+            bridge.transformer_config,
+            bridge.megatron_to_hf_config(provider),
+        )
+
+    class Gained(DeepseekV3Config):
+        model_type = row
+        attribute_map = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
+
+    before = read()
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, row, Gained)
+    assert CONFIG_MAPPING[row] is Gained
+    kind, provider, config, written = read()
+    assert kind is before[0] is PublishedConfig
+    differ = {name for name, value in vars(provider).items() if value != vars(before[1])[name]}
+    assert differ <= {"weight_loader"}
+    assert type(config) is type(before[2])
+    assert written == before[3]
