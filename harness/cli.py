@@ -176,6 +176,25 @@ def flops(
         Console().print(command.table(counted))
 
 
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="A row, a config.json, or a folder that holds one.")],
+    layout: LayoutOption = "tp1",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the config's by default.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Prove by metadata that a model converts in a layout of any size: no weights, no ranks. Exit 1: not proven."""
+    from harness import plan as planning
+    from harness.quiet import quiet
+
+    quiet()
+    found = planning.plan(config, layout, dtype)
+    _write_json(json_file, {"config": config, **found.as_dict()})
+    if json_file != "-":
+        print("\n".join(planning.lines(found)))
+    raise typer.Exit(0 if found.coverage.ok else 1)
+
+
 # -- golden ----------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,9 @@ from bridges.errors import GoldengateError
 
 COLUMN, ROW, REPLICATED = "column", "row", "replicated"
 
+# Megatron's names of the two parameters whose rows are the vocabulary's.
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+
 # How Megatron-Core shards what its modules hold: (module, suffix) endings -> sharding. AutoMapping reads this table.
 _MEGATRON_SHARDING = (
     (r"(embedding\.word_embeddings|output_layer)\.weight$", COLUMN),

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from bridges.conversion.mapping import MappingError, MegatronMappingRegistry, ParamMapping
+from bridges.conversion.mapping import EMBEDDING, OUTPUT, MappingError, MegatronMappingRegistry, ParamMapping
 from bridges.conversion.plan import Copy, Shape, copies, shard_of, symbol_sizes
 from bridges.layout import Coords, Layout
-
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass

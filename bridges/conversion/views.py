@@ -206,6 +206,16 @@ def _all_symbols(dim) -> list[str]:
     ]
 
 
+def symbols_of(expression: Expression) -> list[str]:
+    """Every symbol of an expression, of the segments that are not meant too."""
+    return [s for dim in expression.dims for s in _all_symbols(dim)]
+
+
+def extents(expression: Expression, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of the tensor that an expression describes, when every symbol has a size."""
+    return tuple(_extent(dim, sizes) for dim in expression.dims)
+
+
 def _extent(dim, sizes) -> int:
     return math.prod(
         sum(math.prod(sizes[s] for s in o) for o in item.options) if isinstance(item, Segments) else sizes[item]

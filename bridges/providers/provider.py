@@ -223,13 +223,8 @@ class GPTModelProvider(TransformerConfig):
         routing.install(model, self)
         return model
 
-    def provide_distributed_model(self, wrap_with_ddp: bool = True) -> list:
-        """This rank's model chunks, one per virtual stage; process groups are made when there are none.
-
-        Without torchrun's environment a world of one rank is made. With `wrap_with_ddp` each chunk is wrapped in
-        Megatron's DistributedDataParallel.
-        """
-        ensure_process_groups(self)
+    def provide_chunks(self) -> list:
+        """This rank's model chunks, one per virtual stage, where Megatron's groups exist; on torch's default device."""
         vpp = self.virtual_pipeline_model_parallel_size
         chunks = []
         for stage in range(vpp or 1):
@@ -239,9 +234,20 @@ class GPTModelProvider(TransformerConfig):
                 post_process=parallel_state.is_pipeline_last_stage(**at),
                 vp_stage=stage if vpp else None,
             )
-            if torch.cuda.is_available():
-                chunk.cuda()
             chunks.append(chunk)
+        return chunks
+
+    def provide_distributed_model(self, wrap_with_ddp: bool = True) -> list:
+        """This rank's model chunks, one per virtual stage; process groups are made when there are none.
+
+        Without torchrun's environment a world of one rank is made. With `wrap_with_ddp` each chunk is wrapped in
+        Megatron's DistributedDataParallel.
+        """
+        ensure_process_groups(self)
+        chunks = self.provide_chunks()
+        if torch.cuda.is_available():
+            for chunk in chunks:
+                chunk.cuda()
         if self.weight_loader is not None:
             self.weight_loader(chunks)
         if wrap_with_ddp:

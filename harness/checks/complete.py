@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bridges import Layout
 from bridges.conversion.plan import shard_of
-from bridges.conversion.proof import Parameter, local_shape, prove_layout
+from bridges.conversion.proof import Held, Parameter, local_shape, prove_ranks
 from harness.checks.outcome import Outcome, first_few
 from harness.checks.subject import Bench
 
@@ -19,10 +19,10 @@ def check_complete(bench: Bench) -> Outcome:
     faults: list[str] = []
 
     parameters = unsharded(bench, registry)
-    alias = {"output_layer.weight": ""} if provider.share_embeddings_and_output_weights else {}
     repeated = subject.auto_bridge.repeated_tensors(subject.source, provider, registry)
-    coverage = prove_layout(parameters, registry, shapes, provider, layout, repeated=repeated, alias=alias)
-    faults += coverage.errors
+    held, differing = holdings(bench)
+    coverage = prove_ranks(held.items(), registry, shapes, provider, layout, repeated)
+    faults += differing + coverage.errors
     for rank, built in enumerate(bench.built):
         expected = expected_on(rank, parameters, registry, provider, layout)
         actual = {name: shape for name, shape, _ in built.parameters}
@@ -38,6 +38,18 @@ def check_complete(bench: Bench) -> Outcome:
     if ignored := subject.auto_bridge.ignored_tensors(subject.source):
         counted += f"; {len(ignored)} tensors ignored, as the bridge says"
     return Outcome(not faults and coverage.ok, len(faults), 0, "faults", detail or counted)
+
+
+def holdings(bench: Bench) -> tuple[dict[tuple[int, int], list[Held]], list[str]]:
+    """({(pipeline rank, expert rank): what its ranks really hold}, the ranks that do not hold what others there do)."""
+    held: dict[tuple[int, int], list[Held]] = {}
+    faults = []
+    for rank, built in enumerate(bench.built):
+        here = [Held(name, tuple(shape)) for name, shape, _ in built.parameters]
+        place = (built.coords.pp, built.coords.ep)
+        if held.setdefault(place, here) != here:
+            faults.append(f"rank {rank} holds other names or shapes than the ranks before it at (stage, expert rank) {place}")
+    return held, faults
 
 
 def unsharded(bench: Bench, registry) -> list[Parameter]:

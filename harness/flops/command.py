@@ -16,7 +16,12 @@ NOT_COMPUTATION = ("quantization_config", "compression_config")
 
 
 def load_provider(source: str) -> Any:
-    """A finalized provider. FlopsError for a source that is no row, no config.json and no folder with one; CheckpointError
+    """A finalized provider; errors as in `load_bridge`."""
+    return load_bridge(source).to_megatron_provider(load_weights=False).finalize()
+
+
+def load_bridge(source: str) -> AutoBridge:
+    """The bridge of a row, a config.json or a folder. FlopsError for a source that is no row, no config.json and no folder with one; CheckpointError
     for a file that holds no JSON object, ConfigError for a config that no bridge knows."""
     if source in toy_models.rows():
         raw, path = toy_models.config_dict(source), Path(source)
@@ -29,8 +34,8 @@ def load_provider(source: str) -> Any:
             )
         raw = read_config(file)
     raw = {key: value for key, value in raw.items() if key not in NOT_COMPUTATION}
-    bridge = AutoBridge(PreTrainedCausalLM(load_config(raw, path, trusted=False), raw))
-    return bridge.to_megatron_provider(load_weights=False).finalize()
+    folder = path if path.is_dir() and any(path.glob("*.safetensors")) else None
+    return AutoBridge(PreTrainedCausalLM(load_config(raw, path, trusted=False), raw, folder))
 
 
 def describe(run: Run) -> str:
