@@ -31,6 +31,10 @@ Place = tuple[int, int]  # pipeline rank, expert rank
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class PlanningError(GoldengateError, RuntimeError):
+    """A plan failed in a way that nobody foresaw; the message says where it came from."""
+
+
 @dataclass(frozen=True)
 class RankMemory:
     """One rank of those that hold the same: it keeps `bytes`, reads `reads` bytes of the source, and while it imports has
@@ -47,7 +51,8 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Plan:
-    """The proof for one layout, the tensors that a checkpoint has, and the memory of ranks at tensor rank 0."""
+    """The proof for one layout, the tensors that a checkpoint has, the memory of ranks at tensor rank 0, and (name, shape) of
+    what they hold."""
 
     layout: Layout
     coverage: Coverage
@@ -56,6 +61,7 @@ class Plan:
     tensor_bytes: int
     dtype: str
     ranks: list[RankMemory]
+    held: dict[Place, list[tuple[str, Shape]]]
 
     @property
     def largest(self) -> RankMemory:
@@ -96,7 +102,7 @@ def plan(source: str, layout: Layout | str, dtype: str | None = None) -> Plan:
     try:
         answer = here.recv()
     except EOFError:
-        answer = RuntimeError("the planning process died (out of memory?)")
+        answer = PlanningError("the planning process died (out of memory?)")
     process.join()
     if isinstance(answer, BaseException):
         raise answer
@@ -109,6 +115,8 @@ def _answer(connection: Any, source: str, layout: Layout, dtype: str | None) -> 
         answer: Any = make(load_bridge(source), layout, dtype)
     except (GoldengateError, OSError, ValueError) as error:
         answer = error
+    except Exception as error:  # Megatron's assertions among them; they need not survive the pipe as they are
+        answer = PlanningError(f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}")
     connection.send(answer)
 
 
@@ -134,6 +142,7 @@ def make(bridge: AutoBridge, layout: Layout, dtype: str | None = None) -> Plan:
         sum(_numel(shape) for shape in tensors.values()) * itemsize,
         str(provider.params_dtype).removeprefix("torch."),
         _memory(held, layout, itemsize),
+        {place: [(one.name, one.shape) for one in parameters] for place, parameters in held},
     )
 
 
@@ -196,9 +205,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _by_bridge(
-    bridge: AutoBridge, provider: Any, layout: Layout, census: Census, prefix: str
-) -> dict[str, Shape]:
+def _by_bridge(bridge: AutoBridge, provider: Any, layout: Layout, census: Census, prefix: str) -> dict[str, Shape]:
     """{tensor: shape} that the bridge's declarations ask for, of the parameters whose names start with `prefix`."""
     registry, found = bridge.mapping_registry(), {}
     for name in census.primary:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from bridges import GatedMLPMapping, Layout, MegatronMappingRegistry, PlanError, QKVMapping
 from bridges.conversion.mapping import REPLICATED
-from bridges.conversion.plan import Copy, Shard, copies
-from bridges.conversion.proof import Parameter, local_shape, prove, prove_layout
+from bridges.conversion.plan import Copy, Shard, copies, shard_of
+from bridges.conversion.proof import Coverage, Held, Parameter, count_tensors, fault_of, local_shape, prove_ranks
 from bridges.conversion.tasks import ConversionTask
 from bridges.conversion.transfer import box_view, export_weights, import_weights
 from bridges.conversion.views import Box
@@ -80,6 +80,20 @@ def exported(case: Conversion, tp: int, shards: dict[tuple[str, int], torch.Tens
 def elements(box: Box, numel: int) -> list[int]:
     """The flat indices that a box of a tensor of `numel` elements stands for."""
     return box_view(torch.arange(numel), box).flatten().tolist()
+
+
+def prove(hf_shapes, plans, repeated=None) -> Coverage:
+    """The proof for (parameter, local shape, copies, padded) of each distinct shard, made or broken by a test."""
+    coverage, read = Coverage(), {}
+    for name, shape, plan, padded in plans:
+        coverage.megatron_parameters += 1
+        coverage.megatron_elements += math.prod(shape)
+        if fault := fault_of(math.prod(shape), tuple(c.megatron_box for c in plan), padded):
+            coverage.errors.append(f"Megatron {name} {shape}: {fault}")
+        for copy in plan:
+            read.setdefault(copy.hf, []).append(copy.hf_box)
+    count_tensors(coverage, hf_shapes, read, repeated)
+    return coverage
 
 
 # -- the oracle: how Megatron itself lays parameters out -----------------------------------------------------------------
@@ -458,6 +472,33 @@ def parameters_of(c) -> list[Parameter]:
     return [Parameter(name, shape) for name, shape in shapes.items()]
 
 
+def held_in(layout: Layout, parameters: list[Parameter], registry, c):
+    """What each (stage, expert rank) holds, by formula."""
+    chunks = layout.chunk_layers(c.num_layers)
+    for pp in range(layout.pp):
+        mine = {layer for k in range(pp, layout.num_chunks, layout.pp) for layer in chunks[k]}
+        for ep in range(layout.ep):
+            held = []
+            for parameter in parameters:
+                words = parameter.name.split(".")
+                stage = layout.pp - 1 if words[0] == "output_layer" or words[1] == "final_layernorm" else 0
+                here = int(words[2]) in mine if words[1] == "layers" else stage == pp
+                if here and "experts" in words:
+                    here = int(words[-1].removeprefix("weight")) in layout.experts(ep, c.experts)
+                if here:
+                    mapping, _ = registry.megatron_to_hf_lookup(parameter.name)
+                    size = shard_of(mapping, layout, layout.coords(0)).size
+                    held.append(Held(parameter.name, local_shape(mapping, parameter.shape, size)))
+            yield (pp, ep), held
+
+
+def prove_config(c, bridge, layout: Layout, hf_shapes) -> Coverage:
+    """The proof for a config above, as the copy engine needs it."""
+    registry = bridge().mapping_registry()
+    provider = SimpleNamespace(**vars(c), padded_vocab_size=c.vocab_size, share_embeddings_and_output_weights=False)
+    return prove_ranks(held_in(layout, parameters_of(c), registry, c), registry, hf_shapes, provider, layout)
+
+
 @pytest.mark.parametrize(
     ("config", "bridge", "layout", "billions"),
     [
@@ -472,7 +513,7 @@ def test_models_of_published_size_are_proven_from_shapes_alone(config, bridge, l
     """Every element of every tensor exactly once, in layouts of hundreds of ranks (TP above the groups among them). The
     elements counted are the parameters that the model's card gives."""
     shapes = hf_shapes_of(config)
-    coverage = prove_layout(parameters_of(config), bridge().mapping_registry(), shapes, config, Layout.parse(layout))
+    coverage = prove_config(config, bridge, Layout.parse(layout), shapes)
     assert coverage.ok, coverage.errors[:3]
     assert coverage.hf_tensors == len(shapes)
     assert coverage.hf_elements == sum(map(math.prod, shapes.values()))
@@ -498,30 +539,16 @@ def test_one_wrong_tensor_among_36000_is_found(change, message):
     """In a checkpoint of published size: a tensor that is gone, one too many, one transposed."""
     shapes = hf_shapes_of(QWEN3_235B)
     change(shapes)
-    coverage = prove_layout(
-        parameters_of(QWEN3_235B),
-        Qwen3MoeBridge().mapping_registry(),
-        shapes,
-        QWEN3_235B,
-        Layout.parse("tp4-pp8-ep64-etp1"),
-    )
+    coverage = prove_config(QWEN3_235B, Qwen3MoeBridge, Layout.parse("tp4-pp8-ep64-etp1"), shapes)
     assert not coverage.ok
     assert message in "; ".join(coverage.errors)
 
 
-def test_a_layout_that_does_not_divide_a_parameter_is_an_error_of_the_proof():
-    """tp3: the rows of the first parameter that cannot be cut, by which number."""
-    coverage = prove_layout(
-        [Parameter("decoder.layers.0.mlp.linear_fc1.weight", (64, 8))],
-        MegatronMappingRegistry(
-            GatedMLPMapping("decoder.layers.*.mlp.linear_fc1.weight", gate="l.*.gate", up="l.*.up")
-        ),
-        {"l.0.gate": (32, 8), "l.0.up": (32, 8)},
-        SimpleNamespace(),
-        Layout(tp=3),
-    )
-    assert not coverage.ok
-    assert "64 rows of (64, 8) cannot be divided by 3" in coverage.errors[0]
+def test_a_parameter_that_a_layout_does_not_divide_has_no_local_shape():
+    """tp3: the rows that cannot be cut, and by which number."""
+    mapping = GatedMLPMapping("decoder.layers.*.mlp.linear_fc1.weight", gate="l.*.gate", up="l.*.up")
+    with pytest.raises(PlanError, match=r"64 rows of \(64, 8\) cannot be divided by 3"):
+        local_shape(mapping, (64, 8), 3)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from bridges.conversion.mapping import EMBEDDING, OUTPUT, REPLICATED, MappingError, MegatronMappingRegistry, ParamMapping
-from bridges.conversion.plan import Copy, PlanError, Shape, Shard, copies, shard_of, symbol_sizes
+from bridges.conversion.mapping import (
+    EMBEDDING,
+    OUTPUT,
+    REPLICATED,
+    MappingError,
+    MegatronMappingRegistry,
+    ParamMapping,
+)
+from bridges.conversion.plan import PlanError, Shape, Shard, copies, shard_of, symbol_sizes
 from bridges.conversion.views import Box, fuse
 from bridges.layout import Layout
 
@@ -49,32 +56,7 @@ class Coverage:
         return not self.errors and self.hf_elements > 0
 
 
-def prove(
-    hf_shapes: Mapping[str, Shape],
-    plans: Iterable[tuple[str, Shape, Sequence[Copy], bool]],
-    repeated: Mapping[str, str] | None = None,
-) -> Coverage:
-    """Every HF element in exactly one shard, every Megatron element written exactly once.
-
-    `plans` yields (parameter, local shape, copies, padded) for each distinct shard of each parameter (replicas once).
-    `repeated` HF tensors are second copies of another one and go where it goes.
-    """
-    coverage = Coverage()
-    by_hf: dict[str, list[Box]] = {}
-    for name, shape, plan, padded in plans:
-        coverage.megatron_parameters += 1
-        coverage.megatron_elements += math.prod(shape)
-        coverage.copies += len(plan)
-        fault = _fault(math.prod(shape), tuple(c.megatron_box for c in plan), padded)
-        if fault:
-            coverage.errors.append(f"Megatron {name} {shape}: {fault}")
-        for copy in plan:
-            by_hf.setdefault(copy.hf, []).append(copy.hf_box)
-    _count(coverage, hf_shapes, by_hf, repeated)
-    return coverage
-
-
-def _count(
+def count_tensors(
     coverage: Coverage,
     hf_shapes: Mapping[str, Shape],
     by_hf: dict[str, list[Box]],
@@ -91,12 +73,12 @@ def _count(
             continue
         coverage.hf_tensors += 1
         coverage.hf_elements += numel
-        if fault := _fault(numel, tuple(by_hf[name]), False):
+        if fault := fault_of(numel, tuple(by_hf[name]), False):
             coverage.errors.append(f"{name} {shape}: {fault}")
 
 
 @lru_cache(maxsize=65536)
-def _fault(numel: int, boxes: tuple[Box, ...], gaps_allowed: bool) -> str | None:
+def fault_of(numel: int, boxes: tuple[Box, ...], gaps_allowed: bool) -> str | None:
     """None when the boxes cover `numel` elements exactly once; counted on the coarsest grid that all boxes share."""
     unit = numel
     runs = []
@@ -162,7 +144,7 @@ def prove_ranks(
         for hf, boxes in found.boxes:
             coverage.copies += len(boxes)
             by_hf.setdefault(hf, []).extend(boxes)
-    _count(coverage, hf_shapes, by_hf, repeated)
+    count_tensors(coverage, hf_shapes, by_hf, repeated)
     return coverage
 
 
@@ -225,7 +207,9 @@ class _Shards:
 class _Planner:
     """Plans all shards of a parameter, once for all parameters that differ in their names alone."""
 
-    def __init__(self, registry: MegatronMappingRegistry, hf_shapes: Mapping[str, Shape], provider: Any, layout: Layout):
+    def __init__(
+        self, registry: MegatronMappingRegistry, hf_shapes: Mapping[str, Shape], provider: Any, layout: Layout
+    ):
         self.registry, self.hf_shapes, self.provider, self.layout = registry, hf_shapes, provider, layout
         self._known: dict[Any, tuple[int, list[tuple[int, tuple[Box, ...]]], str | None]] = {}
         self._missing = 0
@@ -252,14 +236,14 @@ class _Planner:
                 plan = copies(name, mapping, parts, self.hf_shapes, symbols, Shard(rank, size), shape)
                 boxes = tuple(c.megatron_box for c in plan)
                 gaps += math.prod(shape) - sum(box.numel for box in boxes)
-                faults.append(_fault(math.prod(shape), boxes, mapping.padded))
+                faults.append(fault_of(math.prod(shape), boxes, mapping.padded))
                 for copy in plan:
                     by_part.setdefault(names.index(copy.hf), []).append(copy.hf_box)
             faults.append(self._padding_fault(name, shape, size, gaps) if mapping.padded else None)
             fault = next((fault for fault in faults if fault), None)
             self._known[key] = size, [(k, tuple(boxes)) for k, boxes in by_part.items()], fault
-        size, by_part, fault = self._known[key]
-        return _Shards(size, tuple((names[k], boxes) for k, boxes in by_part), fault)
+        size, blocks, fault = self._known[key]
+        return _Shards(size, tuple((names[k], boxes) for k, boxes in blocks), fault)
 
     def _padding_fault(self, name: str, shape: Shape, size: int, gaps: int) -> str | None:
         """Padding is where the vocabulary is, and as much of it as the provider says."""

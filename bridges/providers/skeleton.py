@@ -95,7 +95,9 @@ class _FakeGroups:
             "_DATA_PARALLEL_GLOBAL_RANKS": [self.here],
             "_DATA_PARALLEL_GLOBAL_RANKS_WITH_CP": [self.here],
         }
-        for name in vars(s):  # what is left are groups of data parallelism: which parameters there are, they do not change
+        for name in vars(
+            s
+        ):  # what is left are groups of data parallelism: which parameters there are, they do not change
             if "_GROUP" in name and name.isupper() and not name.endswith("S") and name not in found:
                 found[name] = alone
         for name, value in found.items():

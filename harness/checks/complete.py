@@ -48,7 +48,9 @@ def holdings(bench: Bench) -> tuple[dict[tuple[int, int], list[Held]], list[str]
         here = [Held(name, tuple(shape)) for name, shape, _ in built.parameters]
         place = (built.coords.pp, built.coords.ep)
         if held.setdefault(place, here) != here:
-            faults.append(f"rank {rank} holds other names or shapes than the ranks before it at (stage, expert rank) {place}")
+            faults.append(
+                f"rank {rank} holds other names or shapes than the ranks before it at (stage, expert rank) {place}"
+            )
     return held, faults
 
 
