@@ -10,6 +10,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -157,7 +158,7 @@ def install() -> None:
         home = importlib.import_module(module)
         if not hasattr(home, attribute):
             raise RuntimeError(
-                f"{module}.{attribute} is gone from this megatron-core: the CPU backend needs its new name"
+                f"{module}.{attribute} is gone from megatron-core {version('megatron-core')}: the CPU backend needs its new name"
             )
         setattr(home, attribute, replacement)
     # Megatron compiles some of its small functions. Without a GPU that means a C++ compiler and ten seconds for each.
