@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,9 @@ from bridges import families as _families  # noqa: F401 - registers every family
 from bridges.checkpoints.companions import companions
 from bridges.checkpoints.reader import CONFIG_FILE, Checkpoint, CheckpointError
 from bridges.checkpoints.writer import CheckpointWriter
+from bridges.config_spelling import check_spellings, patched
 from bridges.conversion.agreement import of_all_ranks
+from bridges.conversion.exact import exporting
 from bridges.conversion.live import live_export
 from bridges.conversion.mapping import MegatronMappingRegistry
 from bridges.conversion.plan import PlanError, Shape
@@ -44,6 +45,7 @@ class AutoBridge:
         if bridge is None:
             bridge = MegatronModelBridge.find(getattr(hf_pretrained.config, "architectures", None)).bridge
         bridge.check_config(hf_pretrained.config, hf_pretrained.raw)
+        check_spellings(hf_pretrained.raw or {}, hf_pretrained.config.attribute_map)
         self.hf_pretrained = hf_pretrained
         self._model_bridge = bridge()
         self._model_bridge.hf_config = hf_pretrained.config
@@ -108,15 +110,21 @@ class AutoBridge:
         registry = self._model_bridge.mapping_registry()
         return registry.for_tensors(source.tensors) if source else registry
 
-    def megatron_to_hf_config(self, provider: GPTModelProvider) -> dict[str, Any]:
-        """config.json for a provider: the source's own file where there is one, with the fields that changed patched."""
+    def megatron_to_hf_config(self, provider: GPTModelProvider, *, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """config.json for a provider: the source's own file where there is one, with the fields that changed patched in the
+        spelling that it uses. Its dtype is that of the exported tensors: the source's, unless `dtype` says another."""
         config = type(self._model_bridge).megatron_to_hf_config(provider)
         if self.hf_pretrained.raw is None:
             return config
         before = type(self._model_bridge).megatron_to_hf_config(self._model_bridge.provider_bridge(self.hf_pretrained))
-        patched = copy.deepcopy(self.hf_pretrained.raw)
-        patched.update({k: v for k, v in config.items() if v != before.get(k)})
-        return patched
+        return patched(
+            self.hf_pretrained.raw,
+            before,
+            config,
+            rules=self._model_bridge._rules(),
+            attribute_map=self.hf_pretrained.config.attribute_map,
+            dtype=dtype,
+        )
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -175,11 +183,14 @@ class AutoBridge:
         return source, tasks, coords
 
     def export_hf_weights(
-        self, model, cpu: bool = True, hf_path: str | os.PathLike | None = None
+        self, model, cpu: bool = True, hf_path: str | os.PathLike | None = None, *, lossy: bool = False
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole tensor) in the checkpoint's names, dtypes and order; all ranks must consume it together."""
+        """(name, whole tensor) in the checkpoint's names, dtypes and order; all ranks must consume it together.
+
+        Raises PlanError when values would be narrowed to the checkpoint's dtypes, unless `lossy`.
+        """
         source, tasks, coords = self._plan(model, hf_path)
-        yield from live_export(tasks, coords, source, self.ignored_tensors(source), cpu=cpu)
+        yield from live_export(tasks, coords, source, self.ignored_tensors(source), cpu=cpu, lossy=lossy)
 
     def save_hf_pretrained(
         self,
@@ -187,19 +198,23 @@ class AutoBridge:
         path: str | os.PathLike,
         hf_path: str | os.PathLike | None = None,
         *,
+        dtype: torch.dtype | None = None,
+        lossy: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Write the model as a Hugging Face folder with the source's tensors, dtypes and files, and its config.json.
+        With `dtype` all floating-point tensors are of that dtype, and config.json says so.
 
         Every rank writes its own blocks in place; nothing carries its final name until all of it is written. Raises
-        CheckpointError for a folder that is not empty or a disk that is too small, leaving nothing behind.
+        CheckpointError for a folder that is not empty or a disk that is too small, leaving nothing behind;
+        PlanError, naming all tensors, when values would be narrowed and it is not `lossy`.
         """
         source, tasks, coords = self._plan(model, hf_path)
-        extra = self._extra_files(_config(model), source)
+        extra = self._extra_files(_config(model), source, dtype)
         writer = CheckpointWriter(
             path,
             {
-                file: {n: (source.tensors[n].dtype, source.tensors[n].shape) for n in names}
+                file: {n: (_stored(source.tensors[n].dtype, dtype), source.tensors[n].shape) for n in names}
                 for file, names in source.files.items()
             },
             metadata=next(iter(source.metadata.values())),
@@ -210,9 +225,11 @@ class AutoBridge:
 
         def write() -> None:
             writer.open()
-            export_weights(tasks, coords, writer.view, progress)
+            export_weights(tasks, coords, writer.view, progress, lossy=lossy)
+            exact = exporting(lossy=lossy)
             for name in self.ignored_tensors(source) if first else ():
-                writer.view(name).copy_(source.view(name))
+                exact.copy(name, writer.view(name), source.view(name))
+            exact.check()
             writer.flush()
 
         try:
@@ -222,9 +239,15 @@ class AutoBridge:
             writer.abort()
             raise
 
-    def _extra_files(self, provider: GPTModelProvider, source: Checkpoint) -> dict[str, str | bytes | Path]:
-        config = json.dumps(self.megatron_to_hf_config(provider), indent=2) + "\n"
-        return {**companions(source.path), CONFIG_FILE: config}
+    def _extra_files(
+        self, provider: GPTModelProvider, source: Checkpoint, dtype: torch.dtype | None
+    ) -> dict[str, str | bytes | Path]:
+        config = self.megatron_to_hf_config(provider, dtype=dtype)
+        return {**companions(source.path), CONFIG_FILE: json.dumps(config, indent=2) + "\n"}
+
+
+def _stored(source: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and source.is_floating_point else source
 
 
 def _config(model) -> Any:

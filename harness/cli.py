@@ -49,6 +49,14 @@ TrustOption = Annotated[
     typer.Option("--trust-remote-code/--no-trust-remote-code", help="May code that the checkpoint ships run?"),
 ]
 
+LossyOption = Annotated[bool, typer.Option("--lossy", help="Values may be rounded to a narrower dtype.")]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16: of the model in Megatron.")
+]
+FileDtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16: of the exported tensors.")
+]
+
 
 def _write_json(target: str | None, data: Any) -> None:
     if target == "-":
@@ -267,12 +275,14 @@ def convert_roundtrip(
         Path | None, typer.Option(help="Keep the exported folder here (default: a temporary one).")
     ] = None,
     trust_remote_code: TrustOption = None,
+    dtype: DtypeOption = None,
+    lossy: LossyOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Hugging Face -> Megatron in a layout -> Hugging Face, compared bit for bit."""
     from harness.convert import roundtrip
 
-    result = roundtrip(source, layout, target, trust_remote_code)
+    result = roundtrip(source, layout, target, trust_remote_code, dtype=dtype, lossy=lossy)
     _write_json(json_file, result)
     raise typer.Exit(1 if result["differences"] else 0)
 
@@ -283,12 +293,15 @@ def convert_import(
     target: Annotated[Path, typer.Argument(help="A new folder for the Megatron checkpoint.")],
     layout: LayoutOption = "tp1",
     trust_remote_code: TrustOption = None,
+    dtype: DtypeOption = None,
+    lossy: LossyOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Hugging Face -> a Megatron distributed checkpoint."""
     from harness.convert import import_checkpoint
 
-    _write_json(json_file, import_checkpoint(source, target, layout, trust_remote_code))
+    result = import_checkpoint(source, target, layout, trust_remote_code, dtype=dtype, lossy=lossy)
+    _write_json(json_file, result)
 
 
 @convert_app.command("export")
@@ -302,12 +315,15 @@ def convert_export(
     ],
     layout: LayoutOption = "tp1",
     trust_remote_code: TrustOption = None,
+    dtype: FileDtypeOption = None,
+    lossy: LossyOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """A Megatron distributed checkpoint -> Hugging Face."""
     from harness.convert import export_checkpoint
 
-    _write_json(json_file, export_checkpoint(source, target, reference, layout, trust_remote_code))
+    result = export_checkpoint(source, target, reference, layout, trust_remote_code, dtype=dtype, lossy=lossy)
+    _write_json(json_file, result)
 
 
 # -- bench -----------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from harness.ranks import jobs
 from harness.ranks.pool import Ranks
 
 DEADLINE_S = 24 * 3600.0
+DTYPES = ("float32", "bfloat16", "float16")
 MAX_RANKS = 64  # forked ranks on one machine
 
 OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # tensors that training keeps beside the weights
@@ -39,8 +40,16 @@ OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # tensors that training 
 _counter = None  # shared by the forked ranks: parameters done
 
 
-def roundtrip(source: Path, layout_text: str, target: Path | None, trust: bool | None) -> dict[str, Any]:
-    """Import and export; returns seconds, bytes, each rank's peak memory and the differences (none when exact)."""
+def roundtrip(
+    source: Path,
+    layout_text: str,
+    target: Path | None,
+    trust: bool | None,
+    *,
+    dtype: str | None = None,
+    lossy: bool = False,
+) -> dict[str, Any]:
+    """Import, in Megatron's hands as `dtype` (else as the config says), and export in the source's dtypes; returns seconds, bytes, each rank's peak memory and the differences (none when exact)."""
     if not source.is_dir():
         raise CheckpointError(f"{source} is not a folder: give a Hugging Face checkpoint")
     if target is not None:
@@ -48,9 +57,9 @@ def roundtrip(source: Path, layout_text: str, target: Path | None, trust: bool |
     scratch = Path(tempfile.mkdtemp(prefix="goldengate-", dir=source.parent if target is None else None))
     out = target or scratch / "exported"
     try:
-        with _Conversion(source, layout_text, trust) as conversion:
-            took = conversion.run("import", _import)
-            wrote = conversion.export(out)
+        with _Conversion(source, layout_text, trust, dtype) as conversion:
+            took = conversion.run("import", _import, lossy)
+            wrote = conversion.export(out, None, lossy)
             memory = conversion.memory()
         start = time.perf_counter()
         with Checkpoint.open(source) as a, Checkpoint.open(out) as b:
@@ -71,11 +80,19 @@ def roundtrip(source: Path, layout_text: str, target: Path | None, trust: bool |
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def import_checkpoint(source: Path, target: Path, layout_text: str, trust: bool | None) -> dict[str, Any]:
-    """Hugging Face -> Megatron's own distributed checkpoint, written by all ranks."""
+def import_checkpoint(
+    source: Path,
+    target: Path,
+    layout_text: str,
+    trust: bool | None,
+    *,
+    dtype: str | None = None,
+    lossy: bool = False,
+) -> dict[str, Any]:
+    """Hugging Face -> Megatron's own distributed checkpoint of `dtype` (else as the config says), written by all ranks."""
     _must_be_new(target)
-    with _Conversion(source, layout_text, trust) as conversion:
-        took = conversion.run("import", _import)
+    with _Conversion(source, layout_text, trust, dtype) as conversion:
+        took = conversion.run("import", _import, lossy)
         if (free := shutil.disk_usage(target.parent).free) < conversion.nbytes:
             raise CheckpointError(f"{target} takes {conversion.nbytes} bytes, {free} are free; make room")
         part = target.with_name(f".{target.name}.partial")
@@ -96,15 +113,24 @@ def import_checkpoint(source: Path, target: Path, layout_text: str, trust: bool 
 
 
 def export_checkpoint(
-    source: Path, target: Path, reference: Path, layout_text: str, trust: bool | None
+    source: Path,
+    target: Path,
+    reference: Path,
+    layout_text: str,
+    trust: bool | None,
+    *,
+    dtype: str | None = None,
+    lossy: bool = False,
 ) -> dict[str, Any]:
-    """A Megatron distributed checkpoint -> a Hugging Face folder with the reference's names, dtypes and files."""
+    """A Megatron distributed checkpoint -> a Hugging Face folder with the reference's names and files, and with its dtypes
+    or `dtype`."""
+    as_dtype = _dtype(dtype)
     if not source.is_dir():
         raise CheckpointError(f"{source} is not a folder: give a Megatron checkpoint")
     _must_be_new(target)
     with _Conversion(reference, layout_text, trust) as conversion:
         took = conversion.run("load", _load, str(source))
-        wrote = conversion.export(target)
+        wrote = conversion.export(target, as_dtype, lossy)
         return {
             "layout": str(conversion.layout),
             "bytes": conversion.nbytes,
@@ -112,6 +138,12 @@ def export_checkpoint(
             "export_s": wrote,
             "peak_mib": conversion.memory(),
         }
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name not in (None, *DTYPES):
+        raise ValueError(f"--dtype {name!r} is not known; choose one of {', '.join(DTYPES)}")
+    return getattr(torch, name) if name else None
 
 
 def _must_be_new(target: Path) -> None:
@@ -126,9 +158,10 @@ def _must_be_new(target: Path) -> None:
 class _Conversion:
     """Ranks that hold the model of a checkpoint in a layout, and a progress bar over what they do."""
 
-    def __init__(self, source: Path, layout_text: str, trust: bool | None):
+    def __init__(self, source: Path, layout_text: str, trust: bool | None, dtype: str | None = None):
         global _counter
         quiet()
+        as_dtype = _dtype(dtype)
         self.layout = Layout.parse(layout_text)
         if self.layout.world_size > MAX_RANKS:
             raise ValueError(
@@ -146,7 +179,9 @@ class _Conversion:
         _counter = multiprocessing.get_context("fork").Value("q", 0)
         self.ranks = Ranks()
         self.total = sum(
-            self.ranks.run(self.layout.world_size, _build, str(source), trust, self.layout, deadline_s=DEADLINE_S)
+            self.ranks.run(
+                self.layout.world_size, _build, str(source), trust, self.layout, as_dtype, deadline_s=DEADLINE_S
+            )
         )
 
     def run(self, what: str, job, *args) -> float:
@@ -179,11 +214,11 @@ class _Conversion:
                 bar.update(task, completed=counter.value)
         return time.perf_counter() - start
 
-    def export(self, target: Path) -> float:
+    def export(self, target: Path, dtype: torch.dtype | None, lossy: bool) -> float:
         """`run` the export; when it fails `target` is as it was, also when a rank was killed and could not tidy up."""
         existed = target.exists()
         try:
-            return self.run("export", _export, str(target))
+            return self.run("export", _export, str(target), dtype, lossy)
         except BaseException:
             for file in target.glob(".*.partial"):
                 file.unlink(missing_ok=True)
@@ -225,12 +260,15 @@ def _say(result: dict[str, Any]) -> None:
 # -- on ranks --------------------------------------------------------------------------------------------------------
 
 
-def _build(source: str, trust: bool | None, layout: Layout) -> int:
+def _build(source: str, trust: bool | None, layout: Layout, dtype: torch.dtype | None) -> int:
     """Build the model, unfilled; returns the number of this rank's parameters."""
     jobs.use_layout(layout)
     bridge = AutoBridge.from_hf_pretrained(source, trust)
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.perform_initialization = False
+    if dtype is not None:
+        provider.params_dtype = dtype
+        provider.bf16, provider.fp16 = dtype == torch.bfloat16, dtype == torch.float16
     provider.apply_layout(layout).finalize()
     ensure_process_groups(provider, layout)
     jobs.set_current(jobs.Current(bridge, provider, provider.provide_distributed_model(wrap_with_ddp=False)))
@@ -243,14 +281,14 @@ def _count(_name: str) -> None:
         _counter.value += 1
 
 
-def _import() -> None:
+def _import(lossy: bool) -> None:
     this = jobs.current()
-    this.bridge.load_hf_weights(this.chunks, progress=_count)
+    this.bridge.load_hf_weights(this.chunks, lossy=lossy, progress=_count)
 
 
-def _export(target: str) -> None:
+def _export(target: str, dtype: torch.dtype | None, lossy: bool) -> None:
     this = jobs.current()
-    this.bridge.save_hf_pretrained(this.chunks, target, progress=_count)
+    this.bridge.save_hf_pretrained(this.chunks, target, dtype=dtype, lossy=lossy, progress=_count)
 
 
 def _save(target: str) -> None:
@@ -270,6 +308,8 @@ def _load(source: str) -> None:
     from megatron.core import dist_checkpointing
 
     with _reason(f"cannot load {source} as this model"):
+        _widen_to(dist_checkpointing.load_tensors_metadata(source))
+    with _reason(f"cannot load {source} as this model"):
         state: Any = dist_checkpointing.load(_sharded_state(), source)
     wanted = set().union(*of_all_ranks({tensor.key for tensor in jobs.sharded_tensors()}))
     held = (name for name in dist_checkpointing.load_tensors_metadata(source) if not OPTIMIZER.match(name))
@@ -277,6 +317,16 @@ def _load(source: str) -> None:
         raise CheckpointError(f"cannot load {source} as this model, which has no place for {first_few(extra, 1)}")
     for key, chunk in jobs.current().keyed_chunks():
         chunk.load_state_dict(state[key], strict=False)
+
+
+def _widen_to(held: dict[str, Any]) -> None:
+    """Give this rank's tensors a dtype that holds every value of the checkpoint: Megatron would narrow without a word."""
+    dtypes = {tensor.dtype for name, tensor in held.items() if not OPTIMIZER.match(name)}
+    for dtype in filter(lambda dtype: isinstance(dtype, torch.dtype) and dtype.is_floating_point, dtypes):
+        for _, chunk in jobs.current().keyed_chunks():
+            chunk._apply(
+                lambda t, dtype=dtype: t.to(torch.promote_types(t.dtype, dtype)) if t.is_floating_point() else t
+            )
 
 
 @contextlib.contextmanager

@@ -257,8 +257,8 @@ def test_a_tensor_that_does_not_fit_is_refused(copy, tmp_path, damage, says):
 def test_a_float32_tensor_in_a_bfloat16_model_is_refused(copy, tmp_path):
     """Rounding it would lose what somebody kept on purpose."""
     folder = copy(dtype=torch.bfloat16)
-    put("model.norm.weight", torch.ones(64))(folder)
-    says = r"model\.norm\.weight is float32 in the checkpoint and bfloat16 in Megatron: precision would be lost"
+    put("model.norm.weight", torch.full((64,), 1.001))(folder)
+    says = r"model\.norm\.weight \(1 in all\) is float32 in the checkpoint and bfloat16 in Megatron: precision would be lost"
     refused(tmp_path, "convert", "roundtrip", folder, says=says)
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import toy_models
-from bridges import AutoBridge, CheckpointError
+from bridges import AutoBridge, CheckpointError, Layout
 from bridges.checkpoints.companions import companions, travels
 from harness import cli, convert, sweep
+from harness.ranks import jobs
+from harness.ranks.pool import RankError
 
 TRAVELS = [
     *("tokenization_x.py", "processing_x.py", "modeling_x.py", "qwen.tiktoken", "processor_config.json", "LICENSE"),
@@ -86,8 +91,6 @@ def test_fault_C6_the_hub_is_asked_for_what_travels(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kind", ["dead link", "link out", "pipe"])
 def test_fault_E_what_cannot_travel_is_refused_before_work(model, tmp_path, monkeypatch, kind):
     """In one line that names it; a folder of that name is no obstacle."""
-    import os
-
     (model / "tokenizer").mkdir()
     (tmp_path / "secret").write_text("secret")
     file = model / "tokenizer.json"
@@ -124,3 +127,128 @@ def test_fault_E_missing_distribution_metadata_costs_no_cell(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     assert "unknown" in sweep.environment()["torch"]
+
+
+# -- config.json: what was trained, as the source spells it ------------------------------------------------------------------
+
+
+def written(folder: Path, **fields) -> dict:
+    """config.json of an export whose provider fields were set so."""
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    provider = bridge.to_megatron_provider(load_weights=False)
+    for name, value in fields.items():
+        setattr(provider, name, value)
+    return bridge.megatron_to_hf_config(provider)
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+NEW = {"rope_theta": ..., "rope_scaling": ..., "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}
+
+
+@pytest.mark.parametrize(
+    ("source", "fields", "says"),
+    [
+        ({}, {"rotary_base": 7.0}, {"rope_theta": 7.0}),
+        ({}, {"rope_scaling": LINEAR}, {"rope_scaling": LINEAR}),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_scaling": LINEAR},
+         {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+        (NEW, {"rotary_base": 7.0}, {"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}),
+        (NEW, {"rope_scaling": LINEAR}, {"rope_parameters": {"rope_theta": 500000.0, **LINEAR}}),
+        ({**NEW, "rope_theta": 500000.0}, {"rotary_base": 7.0},
+         {"rope_theta": 7.0, "rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}),
+        ({"torch_dtype": ..., "dtype": "float32"}, {"max_position_embeddings": 9}, {"max_position_embeddings": 9}),
+        ({"torch_dtype": ...}, {"params_dtype": "torch.bfloat16"}, {}),
+    ],
+)  # fmt: skip
+def test_fault_C1_a_change_lands_in_the_sources_spelling(model, source, fields, says):
+    """Nothing else is added, and nothing stays stale."""
+    edit(model, **source)
+    raw = json.loads((model / "config.json").read_text())
+    assert written(model) == raw
+    assert written(model, **fields) == {**raw, **says}
+
+
+def test_fault_C1_fields_of_one_rule_change_together(checkpoints, tmp_path):
+    """Every second layer has experts, by a step; a new pattern must not be read with the old step."""
+    folder = Path(shutil.copytree(checkpoints("qwen3_moe"), tmp_path / "moe"))
+    edit(folder, decoder_sparse_step=2, mlp_only_layers=[])
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    found = written(folder, moe_layer_freq=[0] + [1] * (layers - 1))
+    assert (found["decoder_sparse_step"], found["mlp_only_layers"]) == (1, [0])
+
+
+def test_fault_C1_dense_layers_are_counted_or_listed_as_in_the_source(checkpoints):
+    """GLM-4.5 publishes the count; transformers writes the list."""
+    layers = 8
+    found = written(checkpoints("glm4_moe"), moe_layer_freq=[0, 0, 0] + [1] * (layers - 3))
+    assert found["first_k_dense_replace"] == 3
+    assert "mlp_layer_types" not in found
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"dtype": "bfloat16"}, "torch_dtype = 'float32' and dtype = 'bfloat16'"),
+        ({"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}, "rope_parameters.rope_theta = 7.0"),
+    ],
+)
+def test_fault_C1_two_spellings_that_contradict_are_refused(model, fields, says):
+    """All of them in one line."""
+    with pytest.raises(ValueError, match=says):
+        AutoBridge.from_hf_pretrained(edit(model, **fields))
+
+
+# -- dtypes ------------------------------------------------------------------------------------------------------------------
+
+
+def mixed(folder: Path) -> Path:
+    """A bf16 model whose norms and head are kept in fp32."""
+    tensors = load_file(folder / "model.safetensors")
+    wide = ("norm.weight", "layernorm.weight", "lm_head.weight")
+    save_file(
+        {n: t if n.endswith(wide) else t.to(torch.bfloat16) for n, t in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    return edit(folder, torch_dtype="bfloat16")
+
+
+def test_fault_D5_all_wider_tensors_are_named_with_the_way_out(model, tmp_path):
+    """Refused as it stands; exact in fp32; rounded when that is allowed, and then said to differ."""
+    names = r"model\.layers\.\*\.input_layernorm\.weight,.*lm_head\.weight \(18 in all\) are float32.*--dtype float32.*--lossy"
+    with pytest.raises(RankError, match=names):
+        convert.roundtrip(mixed(model), "tp2", None, None)
+    assert convert.roundtrip(model, "tp2", None, None, dtype="float32")["differences"] == []
+    assert len(convert.roundtrip(model, "pp2", None, None, lossy=True)["differences"]) == 18
+
+
+def test_fault_C2_a_trained_value_is_not_narrowed_without_a_word(checkpoints, tmp_path, ranks):
+    """A bf16 source, trained in fp32: refused, or exported in fp32 with a config that says so; nothing is left behind."""
+    source = toy_models.write("llama3", tmp_path / "bf16", shards=1, dtype=torch.bfloat16)
+    out = [str(tmp_path / name) for name in ("refused", "wide", "lossy")]
+    line = ranks.run(1, _train_and_export, str(source), out)[0]
+    assert "model.norm.weight (1 in all) is float32 in Megatron and bfloat16 in the checkpoint" in line
+    assert "dtype=torch.float32" in line
+    assert not Path(out[0]).exists()
+    for folder, dtype in zip(out[1:], ("float32", "bfloat16"), strict=True):
+        assert json.loads((Path(folder) / "config.json").read_text())["torch_dtype"] == dtype
+        tensors = load_file(Path(folder) / "model.safetensors")
+        assert {str(t.dtype).removeprefix("torch.") for t in tensors.values()} == {dtype}
+
+
+def _train_and_export(source: str, out: list[str]) -> str:
+    jobs.use_layout(Layout.parse("tp1"))
+    bridge = AutoBridge.from_hf_pretrained(source)
+    provider = bridge.to_megatron_provider()
+    provider.params_dtype, provider.bf16 = torch.float32, False
+    chunks = provider.finalize().provide_distributed_model(wrap_with_ddp=False)
+    with torch.no_grad():
+        chunks[0].decoder.final_layernorm.weight += 1e-6
+    with pytest.raises(ValueError) as live:
+        next(iter(bridge.export_hf_weights(chunks)))
+    with pytest.raises(ValueError) as error:
+        bridge.save_hf_pretrained(chunks, out[0])
+    assert str(live.value) == str(error.value)
+    bridge.save_hf_pretrained(chunks, out[1], dtype=torch.float32)
+    bridge.save_hf_pretrained(chunks, out[2], lossy=True)
+    return str(error.value)

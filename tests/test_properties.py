@@ -146,7 +146,7 @@ def narrowing_is_refused_and_copies_must_agree(data: st.DataObject, kind: str) -
     """fp32 into bf16 is an error unless it is allowed; a second copy with other bits is an error that names it."""
     world = a_world(data, kind)
     narrow = [task for rank in world.ranks for task in rank.tasks][:1]
-    wide = simulated.Source({n: world.source.view(n).double() for n in world.source.tensors})
+    wide = simulated.Source({n: world.source.view(n).double() + 1 / 3 for n in world.source.tensors})
     narrow[0].tensor = narrow[0].tensor.to(torch.bfloat16)
     with pytest.raises(PlanError, match="precision would be lost"):
         transfer.import_weights(narrow, wide)

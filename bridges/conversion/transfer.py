@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from bridges.checkpoints.reader import Checkpoint
+from bridges.conversion.exact import exporting, importing
 from bridges.conversion.mapping import REPLICATED
 from bridges.conversion.plan import Copy, PlanError
 from bridges.conversion.tasks import ConversionTask
@@ -21,45 +22,21 @@ def box_view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return tensor.detach().as_strided(box.sizes, box.strides, tensor.storage_offset() + box.offset)
 
 
-_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
-
-
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-def check_dtype(name: str, source: torch.dtype, target: torch.dtype, *, lossy: bool) -> None:
-    """Raise PlanError when values cannot be carried over: quantised codes, or fewer bits without permission."""
-    if source == target:
-        return
-    if source in _FP8 or (source in _INTEGERS) != (target in _INTEGERS):
-        raise PlanError(
-            f"{name} is {_short(source)} in the checkpoint and {_short(target)} in Megatron: quantised or "
-            "integer weights are not converted; dequantise the checkpoint first"
-        )
-    widens = torch.promote_types(source, target) == target
-    if not widens and not lossy:
-        raise PlanError(
-            f"{name} is {_short(source)} in the checkpoint and {_short(target)} in Megatron: precision would be "
-            f"lost; set provider.params_dtype = {source} or allow it with lossy=True"
-        )
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 @torch.no_grad()
 def import_weights(
     tasks: Iterable[ConversionTask], source: Checkpoint, *, lossy: bool = False, progress: Progress | None = None
 ) -> None:
-    """HF files -> this rank's tensors; only the pages a rank keeps are read. Vocabulary padding becomes zero."""
+    """HF files -> this rank's tensors; only the pages a rank keeps are read. Vocabulary padding becomes zero.
+
+    Raises PlanError, naming all, for tensors whose values a parameter's dtype cannot hold, unless `lossy`.
+    """
+    exact = importing(lossy=lossy)
     for task in tasks:
         if task.mapping.padded:
             task.tensor.zero_()
         for copy in task.copies:
-            check_dtype(copy.hf, source.tensors[copy.hf].dtype, task.tensor.dtype, lossy=lossy)
             block = box_view(source.view(copy.hf), copy.hf_box)
-            box_view(task.tensor, copy.megatron_box).copy_(block)
+            exact.copy(copy.hf, box_view(task.tensor, copy.megatron_box), block)
         for copy, again in task.repeats:
             same = [box_view(source.view(name), copy.hf_box) for name in (copy.hf, again)]
             if not torch.equal(*same):
@@ -69,6 +46,7 @@ def import_weights(
                 )
         if progress:
             progress(task.param_name)
+    exact.check()
 
 
 def is_writer(task: ConversionTask, coords: Coords) -> bool:
@@ -97,11 +75,18 @@ def export_weights(
     coords: Coords,
     view: Callable[[str], torch.Tensor],
     progress: Progress | None = None,
+    *,
+    lossy: bool = False,
 ) -> None:
-    """This rank's tensors -> `view(hf name)`, the blocks it is the writer of."""
+    """This rank's tensors -> `view(hf name)`, the blocks it is the writer of.
+
+    Raises PlanError, naming all, for tensors whose values the file's dtype cannot hold, unless `lossy`.
+    """
+    exact = exporting(lossy=lossy)
     for task in tasks:
         if is_writer(task, coords):
             for copy, name in destinations(task):
-                box_view(view(name), copy.hf_box).copy_(box_view(task.tensor, copy.megatron_box))
+                exact.copy(name, box_view(view(name), copy.hf_box), box_view(task.tensor, copy.megatron_box))
         if progress:
             progress(task.param_name)
+    exact.check()
