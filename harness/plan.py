@@ -6,6 +6,7 @@ transformers has none, the bridge) says which tensors a checkpoint has.
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -182,8 +183,10 @@ def _tensors(
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return _by_bridge(bridge, provider, layout, census, ""), "names from the bridge alone"
     published, in_memory = _by_class(config)
-    asked = _by_bridge(bridge, provider, layout, census, "")
-    found = in_memory if asked.keys() >= in_memory.keys() and not asked.keys() >= published.keys() else published
+    found = published
+    if published.keys() != in_memory.keys():
+        asked = _by_bridge(bridge, provider, layout, census, "", strict=False).keys()
+        found = in_memory if len(asked & in_memory.keys()) > len(asked & published.keys()) else published
     alone = {n: s for n, s in _by_bridge(bridge, provider, layout, census, "mtp.").items() if n not in found}
     names_from = f"transformers' {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]}"
     if alone:
@@ -193,6 +196,8 @@ def _tensors(
 
 def _by_class(config: Any) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """({tensor: shape} as published, as transformers has them in memory)."""
+    config = copy.deepcopy(config)
+    config.model_type = type(config).model_type  # by this name transformers knows how its tensors are published
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = set(model.all_tied_weights_keys) if getattr(config, "tie_word_embeddings", False) else set()
@@ -205,7 +210,9 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _by_bridge(bridge: AutoBridge, provider: Any, layout: Layout, census: Census, prefix: str) -> dict[str, Shape]:
+def _by_bridge(
+    bridge: AutoBridge, provider: Any, layout: Layout, census: Census, prefix: str, *, strict: bool = True
+) -> dict[str, Shape]:
     """{tensor: shape} that the bridge's declarations ask for, of the parameters whose names start with `prefix`."""
     registry, found = bridge.mapping_registry(), {}
     for name in census.primary:
@@ -216,7 +223,11 @@ def _by_bridge(bridge: AutoBridge, provider: Any, layout: Layout, census: Census
         except MappingError:
             continue  # the proof says so
         size = shard_of(mapping, layout, layout.coords(0)).size
-        found |= tensors_of(name, mapping, parts, provider, size, census.shapes[name])
+        try:
+            found |= tensors_of(name, mapping, parts, provider, size, census.shapes[name])
+        except PlanError:  # of which shape a tensor is cannot always be told from its declaration
+            if strict:
+                raise
     return found
 
 

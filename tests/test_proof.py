@@ -231,6 +231,40 @@ def test_plan_in_another_dtype(tmp_path):
     assert [r.bytes for r in found.ranks] == [2 * r.bytes for r in narrow.ranks]
 
 
+def test_plan_of_a_model_with_scaled_rope(tmp_path):
+    """Frequencies are computed while the model is built on the meta device."""
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    assert planning.plan(config_file(tmp_path, LLAMA | {"rope_scaling": scaling}), "tp2-pp2").coverage.ok
+
+
+def test_plan_of_kimi_k2_has_the_published_names(tmp_path):
+    """Its model type is not transformers' own; the experts are published one by one all the same. MTP: none."""
+    small = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "kimi_k2",
+        "num_nextn_predict_layers": 0,
+        "num_hidden_layers": 4,
+        "n_routed_experts": 16,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    found = planning.plan(config_file(tmp_path, DEEPSEEK_V3 | small), "tp2-pp2-ep2")
+    assert found.coverage.ok, found.coverage.errors[:3]
+    assert found.tensors == 16 * 3 + 4 * 9 + 5 + 3 * 3 + 3
+
+
+@pytest.mark.parametrize("row", ["ernie4_5_moe", "mixtral", "phi3", "mimo_7b", "bailing_moe_v2"])
+def test_plan_of_rows_that_publish_other_names(row):
+    """Fused, renamed, or of a class that transformers does not have."""
+    assert planning.plan(row, "tp2-pp2").coverage.ok
+
+
 def test_plan_of_deepseek_v3_at_its_published_size(tmp_path):
     """671B parameters, and 11.5B of multi-token prediction that are not the main model's own (README_WEIGHTS.md), on 8,192
     ranks."""

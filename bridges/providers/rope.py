@@ -40,7 +40,8 @@ def inverse_frequencies(
         max_position_embeddings=max_position_embeddings,
         standardize_rope_params=lambda: None,
     )
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")  # type: ignore[arg-type]
+    with torch.device("cpu"):  # a model that is built on the meta device has real frequencies all the same
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")  # type: ignore[arg-type]
     return frequencies.float(), float(factor)
 
 
