@@ -43,7 +43,7 @@ class AutoBridge:
 
     def __init__(self, hf_pretrained: PreTrainedCausalLM, bridge: type[MegatronModelBridge] | None = None):
         if bridge is None:
-            bridge = MegatronModelBridge.find(getattr(hf_pretrained.config, "architectures", None)).bridge
+            bridge = MegatronModelBridge.find(hf_pretrained.config).bridge
         bridge.check_config(hf_pretrained.config, hf_pretrained.raw)
         check_spellings(hf_pretrained.raw or {}, hf_pretrained.config.attribute_map)
         self.hf_pretrained = hf_pretrained
@@ -75,9 +75,7 @@ class AutoBridge:
     def can_handle(cls, path: str | os.PathLike, trust_remote_code: bool | None = None) -> bool:
         """Is there a bridge for the model at `path`, and permission to read its config?"""
         try:
-            MegatronModelBridge.find(
-                getattr(PreTrainedCausalLM.open(path, trust_remote_code).config, "architectures", None)
-            )
+            MegatronModelBridge.find(PreTrainedCausalLM.open(path, trust_remote_code).config)
         except (ConfigError, CheckpointError):
             return False
         return True

@@ -17,11 +17,16 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rule:
-    """`to_megatron(config)` gives provider fields, `to_hf(provider)` gives config fields; `hf` are those accounted for."""
+    """`to_megatron(config)` gives provider fields, `to_hf(provider)` gives config fields; `hf` are those accounted for.
+
+    A rule sees the fields that transformers' class reads; one that is `unread` sees all, because it is about what published
+    checkpoints have and that class leaves out (multi-token prediction).
+    """
 
     hf: tuple[str, ...]
     to_megatron: Callable[[HF], Fields]
     to_hf: Callable[[Any], Fields]
+    unread: bool = False
 
 
 def _get(config: HF, name: str, default: Any = None) -> Any:
@@ -76,7 +81,7 @@ DTYPE = Rule(
 HEAD_DIM = Rule(  # absent or null means an even share of the hidden size
     ("head_dim",),
     lambda c: {"kv_channels": _get(c, "head_dim", c.hidden_size // c.num_attention_heads)},
-    lambda p: {} if p.kv_channels in (None, p.hidden_size / p.num_attention_heads) else {"head_dim": p.kv_channels},
+    lambda p: {} if p.kv_channels is None else {"head_dim": p.kv_channels},
 )
 
 
@@ -128,16 +133,9 @@ FIRST_K_DENSE = Rule(
 )
 
 
-def _mlp_layer_types_to_megatron(config: HF) -> Fields:
-    types, dense = config.mlp_layer_types, _get(config, "first_k_dense_replace")
-    if dense is not None and [t == "dense" for t in types] != [i < dense for i in range(config.num_hidden_layers)]:
-        raise ValueError(f"first_k_dense_replace = {dense} and mlp_layer_types = {types} contradict each other")
-    return {"moe_layer_freq": [("dense", "sparse").index(t) for t in types]}
-
-
 MLP_LAYER_TYPES = Rule(
     ("mlp_layer_types",),
-    _mlp_layer_types_to_megatron,
+    lambda c: {"moe_layer_freq": [("dense", "sparse").index(t) for t in c.mlp_layer_types]},
     lambda p: {"mlp_layer_types": [("dense", "sparse")[f] for f in p.moe_layer_freq]},
 )
 

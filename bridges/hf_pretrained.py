@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from bridges.checkpoints.companions import LEFT_BEHIND
 from bridges.checkpoints.reader import Checkpoint, CheckpointError
+from bridges.config_fields import STORAGE
 from bridges.model_bridge import ConfigError, MegatronModelBridge
 
 # Organisations whose hub repositories may run their own code without being asked for each.
@@ -55,11 +56,11 @@ class PreTrainedCausalLM:
     """`config` (a transformers config), `raw` (config.json as it stands), `checkpoint` (opened when first asked for)."""
 
     def __init__(self, config: PreTrainedConfig, raw: dict[str, Any] | None = None, path: Path | None = None):
-        self.config, self.raw, self.path = config, raw, path
+        self.config, self.raw, self.path = copy.deepcopy(config), raw, path
         # transformers 5 moved these into rope_parameters; bridges written for hub configs read them by name.
         for name, value in {**(raw or {}), **dict(getattr(config, "rope_parameters", None) or {})}.items():
             if name in ("rope_theta", "partial_rotary_factor") and not hasattr(config, name):
-                setattr(config, name, value)
+                setattr(self.config, name, value)
 
     @classmethod
     def open(cls, hf_path: str | os.PathLike, trust_remote_code: bool | None = None) -> PreTrainedCausalLM:
@@ -80,6 +81,12 @@ class PreTrainedCausalLM:
     def checkpoint(self) -> Checkpoint:
         if self.path is None:
             raise CheckpointError("this bridge was made from a config alone: it has no weights; give hf_path")
+        if stored := next((stored for name in STORAGE if (stored := (self.raw or {}).get(name))), None):
+            method = stored.get("quant_method") or stored.get("quant_algo") if isinstance(stored, dict) else stored
+            raise CheckpointError(
+                f"{self.path}: its weights are quantised ({method or 'unknown method'}), which is not built: provider, FLOPs "
+                "and plan work from config.json alone; to import the weights give a folder of them in bf16 or fp32"
+            )
         return Checkpoint.open(self.path)
 
 
@@ -102,6 +109,7 @@ def load_config(raw: dict[str, Any], path: Path, trusted: bool) -> PreTrainedCon
             return kind.from_dict(copy.deepcopy(raw))  # it writes into nested dicts
         if raw.get("auto_map"):
             if not trusted:
+                MegatronModelBridge.find(raw.get("architectures"))  # without a bridge, permission would not help
                 raise ConfigError(
                     f"{path} ships its own code (auto_map) for model type {raw.get('model_type')!r} and may not run it "
                     "(trust_remote_code=False): pass trust_remote_code=True if you trust it"
@@ -115,12 +123,19 @@ def load_config(raw: dict[str, Any], path: Path, trusted: bool) -> PreTrainedCon
 
 
 def _config_class(raw: dict[str, Any]) -> type[PreTrainedConfig] | None:
-    """transformers' own, or that of a bridge's model type which this one is another name of; None: nobody knows."""
+    """transformers' own, or that of a bridge's model type which this one is another name of; None: nobody knows.
+
+    A text model may carry the model type of the vision-language model that it was cut out of; its architecture decides.
+    """
     model_type = raw.get("model_type") or ""
     if _states_its_fields(raw):
         return PublishedConfig
     if model_type in HF_CONFIG_CLASSES:
-        return HF_CONFIG_CLASSES[model_type]
+        kind = HF_CONFIG_CLASSES[model_type]
+        parts: Any = kind.sub_configs
+        registration = MegatronModelBridge.registered(raw.get("architectures"))
+        named = registration.model_type if registration else None
+        return next((part for part in parts.values() if part.model_type == named), kind)
     registration = MegatronModelBridge.registered(raw.get("architectures"))
     if registration is None or not model_type or model_type not in (registration.model_type, *registration.aliases):
         return None

@@ -6,9 +6,8 @@ Megatron parameter is made of (mapping_registry). Nothing is guessed: a config f
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,16 +17,14 @@ from megatron.core.activations import fast_gelu, quick_gelu, squared_relu
 from transformers import CONFIG_MAPPING as HF_CONFIG_CLASSES
 from transformers import PreTrainedConfig
 
+from bridges import config_fields
+from bridges.config_reads import ConfigError, Seen, reads
 from bridges.config_rules import DTYPE, HEAD_DIM, ROPE, WINDOW, Rule, dtype_from_hf
 from bridges.conversion.mapping import MegatronMappingRegistry
-from bridges.errors import GoldengateError
+from bridges.errors import GoldengateError, near_miss
 from bridges.providers.provider import GPTModelProvider
 
 logger = logging.getLogger("goldengate")
-
-
-class ConfigError(GoldengateError, ValueError):
-    """A config.json that the bridge cannot account for: the message names the field."""
 
 
 @dataclass(frozen=True)
@@ -84,40 +81,9 @@ class MegatronModelBridge:
     HF_FIXED: ClassVar[dict[str, Any]] = {}
     # For a model type that transformers does not have: the fields that config.json must state, and those that we write.
     HF_FIELDS: ClassVar[frozenset[str]] = frozenset()
-    # Fields that do not change what the forward computes.
-    HF_INERT: ClassVar[frozenset[str]] = frozenset(
-        {
-            "architectures",
-            "model_type",
-            "transformers_version",
-            "auto_map",
-            "_name_or_path",
-            "use_cache",
-            "bos_token_id",
-            "eos_token_id",
-            "pad_token_id",
-            "sep_token_id",
-            "decoder_start_token_id",
-            "output_router_logits",
-            "router_aux_loss_coef",
-            "router_jitter_noise",
-            "output_attentions",
-            "output_hidden_states",
-            "return_dict",
-            "chunk_size_feed_forward",
-            "is_encoder_decoder",
-            "id2label",
-            "label2id",
-            "problem_type",
-            "pretraining_tp",
-            "default_theta",
-            "_attn_implementation_autoset",
-            "is_decoder",
-            "add_cross_attention",
-            "num_labels",
-            "max_window_layers",  # transformers turns it into layer_types, which counts
-        }
-    )
+    # For a model type that transformers does not have: fields that do not change what the forward computes. For its own
+    # models, transformers' class shows what counts (bridges.config_reads).
+    HF_INERT: ClassVar[frozenset[str]] = frozenset()
 
     _BASE_RULES: ClassVar[tuple[Rule, ...]] = (ROPE, DTYPE, HEAD_DIM, WINDOW)
     registration: ClassVar[Registration | None] = None
@@ -162,20 +128,34 @@ class MegatronModelBridge:
         return sorted(_REGISTERED)
 
     @staticmethod
-    def registered(architectures: list[str] | None) -> Registration | None:
-        """The registration for a config's `architectures`, if there is one."""
-        return next((_REGISTERED[a] for a in architectures or () if a in _REGISTERED), None)
+    def registered(architectures: Sequence[str] | None, model_type: str | None = None) -> Registration | None:
+        """The registration for a config's `architectures`, or without any for its model type, if there is one."""
+        if architectures:
+            return next((_REGISTERED[a] for a in architectures if a in _REGISTERED), None)
+        named = (r for r in _REGISTERED.values() if model_type and model_type in (r.model_type, *r.aliases))
+        return next(named, None)
 
     @staticmethod
-    def find(architectures: list[str] | None) -> Registration:
-        """The registration for a config's `architectures`. ConfigError names the architecture and the nearest known."""
-        if registration := MegatronModelBridge.registered(architectures):
+    def find(config: PreTrainedConfig | Sequence[str] | None) -> Registration:
+        """The registration for a config, or for its `architectures`. ConfigError says what has a bridge instead: an
+        architecture that is spelt almost the same, or the language model that is part of this one."""
+        bare = config is None or isinstance(config, list | tuple)
+        architectures: Any = config if bare else getattr(config, "architectures", None)
+        model_type = None if bare else getattr(config, "model_type", None)
+        if registration := MegatronModelBridge.registered(architectures, model_type):
             return registration
-        name = (architectures or ["(none given)"])[0]
-        near = difflib.get_close_matches(name, _REGISTERED, n=1)
+        if not architectures:
+            raise ConfigError(
+                f"config.json names no architecture, and model type {model_type or '(none given)'} has no bridge "
+                "(goldengate families lists them)"
+            )
+        near = near_miss(architectures[0], _REGISTERED)
+        text = None if bare else getattr(config, "text_config", None)
+        part = MegatronModelBridge.registered(None, getattr(text, "model_type", None)) if text is not None else None
         raise ConfigError(
-            f"architecture {name} has no bridge"
-            + (f"; did you mean {near[0]}?" if near else "")
+            f"architecture {architectures[0]} has no bridge"
+            + (f"; did you mean {near}?" if near else "")
+            + (f"; its text_config alone has one, as {part.architecture}" if part else "")
             + " (goldengate families lists them)"
         )
 
@@ -187,39 +167,43 @@ class MegatronModelBridge:
 
     @classmethod
     def check_config(cls, config: PreTrainedConfig, raw: dict | None = None) -> None:
-        """Raise ConfigError for the first field of `config` (and of the file's own `raw`) that no table accounts for."""
-        known = {hf for hf, _ in cls.CONFIG_MAPPING} | {f for rule in cls._rules() for f in rule.hf}
-        known |= {"hidden_act", "hidden_activation"} | cls.HF_INERT
-        values = {**config.to_dict(), **(raw or {})}
-        if missing := [name for name in sorted(cls.HF_FIELDS) if values.get(name) is None]:
-            raise ConfigError(f"config field {missing[0]} is missing: only the model's own code knows its default")
-        for name, value in sorted(values.items()):
-            if name in cls.HF_FIXED:
-                if value not in (cls.HF_FIXED[name], None):
-                    raise ConfigError(
-                        f"config field {name} = {value!r}: {cls.__name__} computes only {name} = {cls.HF_FIXED[name]!r}"
-                    )
-            elif name.endswith("bias") and value is False:
-                continue  # no such tensor; one that is there all the same has no mapping and is refused on import
-            elif name not in known and value is not None:
-                raise ConfigError(
-                    f"config field {name} = {value!r} is not known to {cls.__name__}: map it in CONFIG_MAPPING "
-                    "or a rule, or list it in HF_INERT when it does not change the computation"
-                )
+        """Raise ConfigError that names every field of `config` (and of the file's own `raw`) for which no table accounts."""
+        ruled = {name for rule in cls._rules() for name in rule.hf}
+        config_fields.check(
+            config,
+            raw,
+            bridge=cls.__name__,
+            known={hf for hf, _ in cls.CONFIG_MAPPING} | ruled | {"hidden_act", "hidden_activation"},
+            fixed=cls.HF_FIXED,
+            required=cls.HF_FIELDS,
+            inert=cls.HF_INERT,
+        )
+        reader, unread = config_fields.unread(config, raw)
+        if unread:
+            logger.info("not read by %s: %s", reader, ", ".join(unread))
 
     @classmethod
     def hf_config_to_provider_kwargs(cls, config: PreTrainedConfig) -> dict[str, Any]:
-        """Provider fields from a config: CONFIG_MAPPING, the activation, then the rules."""
+        """Provider fields from a config: CONFIG_MAPPING, the activation, then the rules.
+
+        A field that transformers' class does not read is as good as absent, except for rules about what its class leaves
+        out. Raises ConfigError for what a rule cannot build.
+        """
+        seen = reads(config)
+        read: Any = Seen(config, seen) if seen else config
         kwargs = {}
         for hf, megatron in cls.CONFIG_MAPPING:
-            if (value := getattr(config, hf, None)) is not None:
+            if (value := getattr(read, hf, None)) is not None:
                 kwargs[megatron] = value
-        if (
-            activation := getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
-        ) is not None:
+        if (activation := getattr(read, "hidden_act", None) or getattr(read, "hidden_activation", None)) is not None:
             kwargs["activation_func"] = cls.hf_to_megatron_activation(activation)
         for rule in cls._rules():
-            kwargs.update(rule.to_megatron(config))
+            try:
+                kwargs.update(rule.to_megatron(config if rule.unread else read))
+            except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+                if isinstance(error, GoldengateError):
+                    raise
+                raise ConfigError(f"config fields {', '.join(rule.hf)}: {' '.join(str(error).split())}") from error
         return kwargs
 
     def provider_bridge(self, hf_pretrained) -> GPTModelProvider:
@@ -262,13 +246,24 @@ class MegatronModelBridge:
             if provider.mtp_num_layers:
                 fields |= {"num_nextn_predict_layers", "mtp_num_hidden_layers"}
             config = {k: v for k, v in config.items() if k in fields}
+        share = provider.hidden_size / provider.num_attention_heads
+        if cls._absent_means_share(config.get("model_type") or "") and config.get("head_dim") == share:
+            del config["head_dim"]
         return config
+
+    @classmethod
+    def _absent_means_share(cls, model_type: str) -> bool:
+        """Does a config.json without head_dim mean an even share of the hidden size? Not where it must be there, and not
+        where the config class has a number of its own."""
+        declared = HF_CONFIG_CLASSES[model_type].__dataclass_fields__ if model_type in HF_CONFIG_CLASSES else {}
+        default = declared.get("head_dim")
+        return "head_dim" not in cls.HF_FIELDS and not isinstance(getattr(default, "default", None), int)
 
     @classmethod
     def _declared_fields(cls, model_type: str | None) -> set[str]:
         if cls.HF_FIELDS or not model_type or model_type not in HF_CONFIG_CLASSES:
             ruled = {name for rule in cls.CONFIG_RULES for name in rule.hf}
-            return {*cls.HF_FIELDS, *cls.HF_FIXED, *ruled} if cls.HF_FIELDS else set()
+            return {*cls.HF_FIELDS, *cls.HF_FIXED, *ruled, "initializer_range"} if cls.HF_FIELDS else set()
         blank = HF_CONFIG_CLASSES[model_type]()
         return set(blank.to_dict()) | set(blank.attribute_map)
 

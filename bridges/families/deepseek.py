@@ -24,7 +24,6 @@ class LatentMoeBridge(MegatronModelBridge):
         "ep_size": 1,
         "moe_layer_freq": 1,
     }
-    HF_INERT = MegatronModelBridge.HF_INERT | {"seq_aux", "aux_loss_alpha"}
     REPEATED_TENSORS = mtp.REPEATED_TENSORS
     # transformers gives the norms of both latents this epsilon, whatever rms_norm_eps says.
     MEGATRON_DEFAULTS = {"latent_norm_epsilon": 1e-6}

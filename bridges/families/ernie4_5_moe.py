@@ -46,7 +46,6 @@ class Ernie45MoeBridge(MegatronModelBridge):
     # The probabilities of the chosen experts are renormalised, which is softmax over their logits; the lower limit of
     # the divisor is below what their sum can be.
     HF_FIXED = {"use_bias": False, "moe_norm_min": 1e-12, "moe_use_aux_free": True}
-    HF_INERT = MegatronModelBridge.HF_INERT | {"moe_capacity"}  # transformers drops no token
     MEGATRON_DEFAULTS = {
         "rotary_interleaved": True,
         "moe_router_pre_softmax": False,

@@ -34,4 +34,3 @@ class Glm4MoeBridge(MegatronModelBridge):
 )
 class Glm4MoeLiteBridge(DeepseekV3Bridge):
     CONFIG_RULES = (*mla.RULES, MLP_LAYER_TYPES, GROUPS, SHARED_EXPERTS, mtp.DEPTH)
-    HF_INERT = DeepseekV3Bridge.HF_INERT | {"first_k_dense_replace"}  # mlp_layer_types says it; the rule compares them

@@ -12,9 +12,6 @@ from bridges.model_bridge import MegatronModelBridge
 class Phi3Bridge(MegatronModelBridge):
     CONFIG_MAPPING = [*MegatronModelBridge.CONFIG_MAPPING, ("resid_pdrop", "hidden_dropout")]
     HF_FIXED = {"embd_pdrop": 0.0, "attention_bias": False}
-    HF_INERT = MegatronModelBridge.HF_INERT | {
-        "original_max_position_embeddings"
-    }  # longrope's; refused by the rope rule
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         return MegatronMappingRegistry(*embeddings(), *attention(qkv="qkv_proj"), *gated_mlp(gate_up="gate_up_proj"))

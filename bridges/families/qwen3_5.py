@@ -22,7 +22,6 @@ class Qwen3_5TextBridge(MegatronModelBridge):
         "attn_output_gate": True,
         "mtp_use_dedicated_embeddings": False,
     }
-    HF_INERT = MegatronModelBridge.HF_INERT | gdn.INERT | {"mamba_ssm_dtype"}  # of inference kernels
 
     def mlp(self, layer: str) -> list[ParamMapping]:
         return gated_mlp(layer=layer)

@@ -17,7 +17,6 @@ from bridges.providers.provider import GPTModelProvider
 class Qwen3NextBridge(MegatronModelBridge):
     CONFIG_MAPPING = [*MegatronModelBridge.CONFIG_MAPPING, *gdn.CONFIG_MAPPING]
     CONFIG_RULES = (gdn.LAYER_TYPES, NORM_TOPK, MOE_LAYERS)
-    HF_INERT = MegatronModelBridge.HF_INERT | gdn.INERT
     HF_FIXED = gdn.FIXED
     MEGATRON_DEFAULTS = {"moe_shared_expert_gate": True}
 

@@ -27,7 +27,7 @@ class SarvamMlaBridge(LatentMoeBridge):
         SHARED_WIDTH,
     )
     HF_FIXED = FIXED | {"use_qk_norm": True}  # the norm of the latent
-    HF_INERT = LatentMoeBridge.HF_INERT | {"q_head_dim", "head_dim"}  # sums of the other head dims
+    HF_INERT = frozenset({"q_head_dim", "head_dim"})  # sums of the other head dims
     HF_FIELDS = frozenset(
         {hf for hf, _ in CONFIG_MAPPING}
         - {"shared_expert_intermediate_size", "initializer_range", "num_key_value_heads"}

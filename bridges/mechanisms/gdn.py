@@ -142,9 +142,7 @@ def _layers_to_hf(provider) -> Fields:
 
 
 LAYER_TYPES = Rule(("layer_types",), _layers_to_megatron, _layers_to_hf)
-INERT = frozenset({"full_attention_interval"})  # transformers turns it into layer_types, which counts
-# Attention has no window here, whatever a config says; a config that says one is not this model's.
-FIXED = {"attention_bias": False, "use_sliding_window": False, "sliding_window": None}
+FIXED = {"attention_bias": False}
 
 _MROPE = ("mrope_section", "mrope_interleaved")
 

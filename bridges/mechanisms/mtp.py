@@ -23,6 +23,7 @@ def depth_rule(*names: str) -> Rule:
         names,
         lambda c: {"mtp_num_layers": getattr(c, names[0], None) or None},
         lambda p: {names[0]: p.mtp_num_layers or 0},
+        unread=True,
     )
 
 

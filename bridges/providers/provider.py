@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from bridges.layout import Layout
 from bridges.providers import routing
 from bridges.providers.groups import ensure_process_groups
-from bridges.providers.rope import Rotary, inverse_frequencies
+from bridges.providers.rope import Rotary, inverse_frequencies, scale_rotation
 
 
 @dataclass
@@ -158,21 +158,19 @@ class GPTModelProvider(TransformerConfig):
         return self
 
     def rope_frequencies(self) -> torch.Tensor | None:
-        """Inverse rope frequencies [rotary dim / 2] in fp32."""
+        """Inverse rope frequencies [rotary dim / 2] in fp32; None where the attention layers have a rope of their own."""
+        return self._rope()[0]
+
+    def _rope(self) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies, and the factor on cos and sin (yarn's attention factor)."""
         dim = self.kv_channels or self.hidden_size // self.num_attention_heads
-        frequencies, factor = inverse_frequencies(
+        return inverse_frequencies(
             base=self.rotary_base,
             dim=dim,
             scaling=self.rope_scaling,
             percent=self.rotary_percent,
             max_position_embeddings=self.max_position_embeddings,
         )
-        if factor != 1.0:
-            raise ValueError(
-                f"rope scaling {self.rope_scaling} multiplies cos and sin by {factor}: not built for "
-                "grouped-query attention"
-            )
-        return frequencies
 
     def layer_spec(self, vp_stage: int | None) -> Any:
         """Megatron's own block spec; on a CPU its Transformer Engine modules are those of bridges.providers.cpu_backend."""
@@ -220,6 +218,7 @@ class GPTModelProvider(TransformerConfig):
             model.rotary_pos_emb = Rotary(
                 frequencies, interleaved=self.rotary_interleaved, cp_group=model.pg_collection.cp
             )
+            scale_rotation(model, self._rope()[1])
         routing.install(model, self)
         return model
 

@@ -7,9 +7,12 @@ frequencies from transformers' rope functions makes default, llama3, linear, yar
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
+import megatron.core
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.attention import Attention
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # Kinds whose frequencies do not depend on the sequence at hand.
@@ -54,3 +57,16 @@ class Rotary(RotaryEmbedding):
         self.rotary_interleaved = interleaved
         self.seq_len_interpolation_factor = None
         self.cp_group = cp_group
+
+
+def scale_rotation(model: torch.nn.Module, factor: float) -> None:
+    """Let every attention layer of `model` multiply cos and sin by `factor`, which Megatron calls the concentration factor
+    of yarn. RuntimeError when this Megatron keeps it elsewhere."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Attention)]
+    for layer in layers if factor != 1.0 else ():
+        if not hasattr(layer, "_yarn_concentration_factor"):
+            raise RuntimeError(
+                f"megatron-core {megatron.core.__version__} has no Attention._yarn_concentration_factor: "
+                f"a rope that multiplies cos and sin by {factor} cannot be built with it"
+            )
+        layer._yarn_concentration_factor = factor

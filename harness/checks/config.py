@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 import toy_models
+from bridges import config_fields
+from bridges.config_reads import Seen, reads
 from harness.checks.outcome import Outcome
-from harness.checks.subject import Bench
+from harness.checks.subject import Bench, Subject
 from harness.reference.compare import relative_rms
 
 
 def check_config(bench: Bench) -> Outcome:
-    """HF config -> provider -> HF config through disk: every field of the original says the same, and a model built from
-    the regenerated config alone computes the golden's logits."""
+    """HF config -> provider -> HF config through disk: every field that the reference's class reads says the same, and a
+    model built from the regenerated config alone computes the golden's logits.
+
+    Which fields count is recorded from the reference; what the bridge says of it is not asked. A row with a stand-in
+    reference compares its published fields as well.
+    """
     subject = bench.subject
     auto = subject.auto_bridge
+    original = subject.source.config
     provider = auto.to_megatron_provider(load_weights=False)
-    original, inert = subject.source.config, auto._model_bridge.HF_INERT - {"model_type", "architectures"}
     regenerated = {
-        **{k: v for k, v in original.items() if k in inert | set(auto._model_bridge.HF_FIXED)},  # carried over
+        **{
+            k: v for k, v in original.items() if k in config_fields.MACHINERY
+        },  # no model has them, so they are carried over
         **json.loads(json.dumps(type(auto._model_bridge).megatron_to_hf_config(provider))),
     }
-    before, after = (toy_models.hf_config(subject.row, c).to_dict() for c in (original, regenerated))
-    fields = [f for f in sorted({*before, *after}) if f not in inert]
-    wrong = [f"{f}: {after.get(f)!r} should be {before.get(f)!r}" for f in fields if before.get(f) != after.get(f)]
-    config = toy_models.hf_config(subject.row, regenerated)
-    model = type(subject.reference)._from_config(config, attn_implementation="eager")
+    before, after = (toy_models.hf_config(subject.row, config) for config in (original, regenerated))
+    before.architectures = after.architectures = [type(subject.reference).__name__]
+    wrong, count = _differences(before, after)
+    if reads(auto.hf_pretrained.config) is None:
+        wrong += _published_differences(original, regenerated, auto._model_bridge.HF_INERT)
+    model = type(subject.reference)._from_config(after, attn_implementation="eager")
     try:
         model.load_state_dict(subject.reference.state_dict(), strict=True)
     except RuntimeError as error:
@@ -40,8 +51,44 @@ def check_config(bench: Bench) -> Outcome:
         len(wrong),
         0,
         "fields",
-        "; ".join(wrong) or f"{len(fields)} fields say the same, logits differ by {value:.1e}",
+        "; ".join(wrong) or f"{count} fields say the same, logits differ by {value:.1e}{_unread(subject)}",
     )
+
+
+def _differences(before: PreTrainedConfig, after: PreTrainedConfig) -> tuple[list[str], int]:
+    """(what differs, how many fields were compared): what the class reads under either config."""
+    seen = {id(config): reads(config) for config in (before, after)}
+    if None in seen.values():
+        raise ValueError(f"transformers' class for {before.model_type} does not run on the meta device")
+    names = {name for one in seen.values() if one for name in one.names if "." not in name}
+    fields = sorted((names & {*before.to_dict(), *after.to_dict()}) - config_fields.MACHINERY)
+
+    def value(config: PreTrainedConfig, name: str) -> Any:
+        return getattr(Seen(config, seen[id(config)]), name, None)  # type: ignore[arg-type]
+
+    return [
+        f"{name}: {value(after, name)!r} should be {value(before, name)!r}"
+        for name in fields
+        if value(before, name) != value(after, name)
+    ], len(fields)
+
+
+def _published_differences(original: dict, regenerated: dict, inert: frozenset[str]) -> list[str]:
+    """Where the model's own code has no class here, all of its fields are compared but the library's, and the length of a
+    window that is switched off."""
+    if original.get("use_sliding_window") is False:
+        inert |= {"sliding_window"}
+    return [
+        f"{name}: {regenerated.get(name)!r} should be {value!r} (as published)"
+        for name, value in sorted(original.items())
+        if regenerated.get(name) != value and name not in inert and not config_fields.of_the_library(name, value)
+    ]
+
+
+def _unread(subject: Subject) -> str:
+    pretrained = subject.auto_bridge.hf_pretrained
+    reader, names = config_fields.unread(pretrained.config, pretrained.raw)
+    return f"; not read by {reader}: {', '.join(names)}" if names else ""
 
 
 def _logits(model, ids: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,157 @@
+"""Is every field of a config accounted for? Which of its fields count, which no table knows, which nobody reads.
+
+What counts is what transformers' class reads (bridges.config_reads). For a model that transformers has no class for, every
+field counts but those of the library itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import cache
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+from bridges.config_reads import ConfigError, Reads, reads
+
+# Read by transformers' machinery or in training only; no value of theirs changes the logits (a test changes them all).
+MACHINERY = frozenset(
+    {
+        "chunk_size_feed_forward",
+        "_attn_implementation",
+        "_experts_implementation",
+        "gradient_checkpointing",
+        "name_or_path",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "return_dict",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "use_cache",
+    }
+)
+# How weights are stored: another number of bytes, the same computation.
+STORAGE = frozenset({"quantization_config", "compression_config"})
+# What a config.json says about its file, its tokenizer or its code.
+BOOKKEEPING = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_model_name_or_path",
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "default_theta",
+        "is_decoder",
+        "is_llama_config",
+        "max_sequence_length",
+        "max_window_layers",
+        "model_type",
+        "num_labels",
+        "pretraining_tp",
+        "router_z_loss_coef",
+        "tokenizer_class",
+        "torchscript",
+        "transformers.js_config",
+        "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+    }
+)
+
+
+@cache
+def _library_fields() -> frozenset[str]:
+    return frozenset({*PreTrainedConfig().to_dict(), *STORAGE, *BOOKKEEPING, *MACHINERY}) | {
+        "bos_token_id",
+        "eos_token_id",
+    }
+
+
+def of_the_library(name: str, value: Any) -> bool:
+    """Is this a field of every config, or a generation setting at its default, as old versions wrote them all down?"""
+    defaults = GenerationConfig._get_default_generation_params()
+    return (
+        name in _library_fields()
+        or (name in defaults and value in (defaults[name], None))
+        or name.endswith("_token_id")
+    )
+
+
+def unread(config: PreTrainedConfig, raw: Mapping[str, Any] | None) -> tuple[str, list[str]]:
+    """(the class, the fields of config.json that it does not read and that reach nothing it reads): `max_window_layers`
+    becomes `layer_types`, so it counts. ("", []) where transformers has no class."""
+    if raw is None or (seen := reads(config)) is None:
+        return "", []
+    left = [n for n, v in raw.items() if n not in seen and n not in MACHINERY and not of_the_library(n, v)]
+    return seen.reader, sorted(name for name in left if not _reaches(name, config, raw, seen))
+
+
+def _reaches(name: str, config: PreTrainedConfig, raw: Mapping[str, Any], seen: Reads) -> bool:
+    """Does the config's own __init__ make a field that is read out of this one?"""
+    try:
+        other = type(config).from_dict({key: value for key, value in raw.items() if key != name})
+    except Exception:  # a config that cannot do without the field
+        return True
+    before, after = config.to_dict(), other.to_dict()
+    return any(before.get(field) != after.get(field) for field in {*before, *after} if field in seen)
+
+
+def check(
+    config: PreTrainedConfig,
+    raw: Mapping[str, Any] | None,
+    *,
+    bridge: str,
+    known: Collection[str],
+    fixed: Mapping[str, Any],
+    required: Collection[str],
+    inert: Collection[str],
+) -> None:
+    """ConfigError that names every field of `config` and of the file's own `raw` for which `bridge` does not account: it
+    knows what `known` names and builds one value of each in `fixed`. Where transformers has no class, the bridge's word is
+    taken for which fields must be there (`required`) and which change nothing (`inert`)."""
+    seen = reads(config)
+    names = {*known, *(config.attribute_map.get(name, name) for name in known)}
+    values = {**flat(config), **(raw or {})}
+    problems, unknown = [], []
+    if not seen and (missing := sorted(name for name in required if values.get(name) is None)):
+        problems.append(f"{_named(missing)} missing: only the model's own code knows its default")
+    for name, value in sorted(values.items()):
+        if value is None or not _counts(name, value, seen, inert):
+            continue
+        if name in fixed:
+            if value != fixed[name]:
+                problems.append(f"config field {name} = {value!r}: {bridge} computes only {name} = {fixed[name]!r}")
+        elif name not in names and not (name.endswith("bias") and value is False):
+            # Without a bias there is no such tensor; one that is there all the same is refused on import.
+            unknown.append(f"{name} = {value!r}")
+    if unknown:
+        by = f", which {seen.reader} reads," if seen else ""
+        problems.append(f"{_named(unknown, by)} not known to {bridge}: map in CONFIG_MAPPING or a rule")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _counts(name: str, value: Any, seen: Reads | None, inert: Collection[str]) -> bool:
+    if seen:
+        return name in seen and name not in MACHINERY
+    return name not in inert and not of_the_library(name, value)
+
+
+def _named(names: list[str], by: str = "") -> str:
+    one = len(names) == 1
+    return f"config field{'' if one else 's'} {', '.join(names)}{by} {'is' if one else 'are'}"
+
+
+def flat(config: PreTrainedConfig) -> dict[str, Any]:
+    """{field: value}, those of nested configs under dotted names (`text_config.hidden_size`)."""
+    fields: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        nested = getattr(config, name, None)
+        if isinstance(nested, PreTrainedConfig):
+            fields |= {f"{name}.{inner}": v for inner, v in flat(nested).items()}
+        else:
+            fields[name] = value
+    return fields
