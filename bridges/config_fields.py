@@ -6,6 +6,7 @@ field counts but those of the library itself.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any
@@ -92,7 +93,8 @@ def unread(config: PreTrainedConfig, raw: Mapping[str, Any] | None) -> tuple[str
 def _reaches(name: str, config: PreTrainedConfig, raw: Mapping[str, Any], seen: Reads) -> bool:
     """Does the config's own __init__ make a field that is read out of this one?"""
     try:
-        other = type(config).from_dict({key: value for key, value in raw.items() if key != name})
+        # A copy, because transformers writes into nested dicts.
+        other = type(config).from_dict(copy.deepcopy({key: value for key, value in raw.items() if key != name}))
     except Exception:  # a config that cannot do without the field
         return True
     before, after = config.to_dict(), other.to_dict()

@@ -12,6 +12,7 @@ import copy
 import inspect
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,14 +92,17 @@ def reads(config: PreTrainedConfig) -> Reads | None:
 
 def _record(config: PreTrainedConfig, kind: type[PreTrainedModel]) -> Reads | None:
     names: set[str] = set()
-    noting = _noting(copy.deepcopy(config), "", names)
+    small = copy.deepcopy(config)
+    if (getattr(small, "pad_token_id", None) or 0) >= getattr(small, "vocab_size", math.inf):
+        small.pad_token_id = None  # torch refuses it; it says which row of the embedding gets no gradient
+    noting = _noting(small, "", names)
     with _plain_functions(kind.__module__), torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             with torch.device("meta"):
                 model = kind._from_config(noting, attn_implementation="eager", experts_implementation="batched_mm")
         except Exception as error:
             raise ConfigError(
-                f"{kind.__name__} cannot be built from this config: {' '.join(str(error).split())}"
+                f"{kind.__name__} cannot be built from this config: {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
         try:
             _run(model.eval())

@@ -301,12 +301,16 @@ LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 8, "
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"hidden_act": "swoosh"}, r"activation 'swoosh' is not known; ACTIVATION_MAPPING has silu,"),
+        ({"hidden_act": "swoosh"}, r"LlamaForCausalLM cannot be built from this config: KeyError: 'swoosh'"),
+        ({"hidden_act": "mish"}, r"activation 'mish' is not known; ACTIVATION_MAPPING has silu,"),
         ({"architectures": ["LlamaForCausalM"]}, r"LlamaForCausalM has no bridge; did you mean LlamaForCausalLM\?"),
-        ({"architectures": ...}, r"architecture \(none given\) has no bridge"),
-        ({"logit_scale": 0.5}, r"config field logit_scale = 0\.5 is not known to LlamaBridge"),
+        ({"architectures": ..., "model_type": "t5"}, r"names no architecture, and model type t5 has no bridge"),
+        (
+            {"is_causal": False, "vision_feature_layer": 3},
+            r"config fields is_causal = False, vision_feature_layer = 3, which LlamaForCausalLM reads, are not known",
+        ),
         ({"attention_bias": True}, r"config field attention_bias = True: LlamaBridge computes only .*False"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"config field quantization_config = .*fp8"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"its weights are quantised \(fp8\), .*config\.json alone"),
         ({"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 64}}, r"rope_type 'longrope' .*not built"),
         ({"rope_scaling": {"rope_type": "llama3"}}, r"config\.json: .*low_freq_factor"),
         ({"num_attention_heads": 5}, r"config\.json: .*hidden size \(64\).* attention heads \(5\)"),
