@@ -81,24 +81,50 @@ def of_the_library(name: str, value: Any) -> bool:
     )
 
 
-def unread(config: PreTrainedConfig, raw: Mapping[str, Any] | None) -> tuple[str, list[str]]:
+def unread(
+    config: PreTrainedConfig, raw: Mapping[str, Any] | None, used: Collection[str] = ()
+) -> tuple[str, list[str]]:
     """(the class, the fields of config.json that it does not read and that reach nothing it reads): `max_window_layers`
-    becomes `layer_types`, so it counts. ("", []) where transformers has no class."""
+    becomes `layer_types`, so it counts, and so do those that are `used` otherwise. ("", []) where transformers has no class."""
     if raw is None or (seen := reads(config)) is None:
         return "", []
-    left = [n for n, v in raw.items() if n not in seen and n not in MACHINERY and not of_the_library(n, v)]
+    left = [
+        name
+        for name, value in raw.items()
+        if value is not None
+        and name not in (*used, *MACHINERY)
+        and name not in seen
+        and not of_the_library(name, value)
+    ]
     return seen.reader, sorted(name for name in left if not _reaches(name, config, raw, seen))
 
 
 def _reaches(name: str, config: PreTrainedConfig, raw: Mapping[str, Any], seen: Reads) -> bool:
     """Does the config's own __init__ make a field that is read out of this one?"""
-    try:
-        # A copy, because transformers writes into nested dicts.
-        other = type(config).from_dict(copy.deepcopy({key: value for key, value in raw.items() if key != name}))
-    except Exception:  # a config that cannot do without the field
-        return True
-    before, after = config.to_dict(), other.to_dict()
-    return any(before.get(field) != after.get(field) for field in {*before, *after} if field in seen)
+    before = config.to_dict()
+    others = [{key: value for key, value in raw.items() if key != name}, {**raw, name: another(raw[name])}]
+    for other in others:
+        try:
+            after = type(config).from_dict(copy.deepcopy(other)).to_dict()  # transformers writes into nested dicts
+        except Exception:  # the config looks at the field
+            return True
+        if any(before.get(field) != after.get(field) for field in {*before, *after} if field in seen):
+            return True
+    return False
+
+
+def another(value: Any) -> Any:
+    """A value of the same type that says something else; what cannot be changed stays."""
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case float():
+            return value * 1.5 + 0.25
+        case list():
+            return value[::-1] if value != value[::-1] else value[:-1]
+    return value
 
 
 def check(

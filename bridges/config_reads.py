@@ -74,7 +74,11 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     names = getattr(config, "architectures", None) or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
     for name in names:
         found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-        if inspect.isclass(found) and issubclass(found, PreTrainedModel) and isinstance(config, found.config_class or ()):
+        if (
+            inspect.isclass(found)
+            and issubclass(found, PreTrainedModel)
+            and isinstance(config, found.config_class or ())
+        ):
             return found
     return None
 
@@ -118,9 +122,10 @@ def _record(config: PreTrainedConfig, kind: type[PreTrainedModel]) -> Reads | No
 
 def _run(model: PreTrainedModel) -> None:
     """Initialise and run what differs, once for each answer to questions about values, which the meta device lacks."""
-    _skip_repeated_layers(model)
+    skipped = {id(module) for layer in _skip_repeated_layers(model) for module in layer.modules()}
     for module in model.modules():
-        model._init_weights(module)
+        if id(module) not in skipped:
+            model._init_weights(module)
     ids = torch.zeros(1, 5, dtype=torch.long, device="meta")
     for answer in (False, True):
         with _Answer(answer):
@@ -155,8 +160,10 @@ def _plain_functions(module: str) -> Iterator[None]:
 # -- layers that are the same ----------------------------------------------------------------------------------------
 
 
-def _skip_repeated_layers(model: PreTrainedModel) -> None:
-    """Of layers that are the same but for their number only the first runs; the others return what it returned."""
+def _skip_repeated_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Of layers that are the same but for their number only the first runs; the others, which are returned, give what it
+    gave."""
+    skipped = []
     for stack in [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]:
         first: dict[str, torch.nn.Module] = {}
         for layer in stack:
@@ -165,6 +172,8 @@ def _skip_repeated_layers(model: PreTrainedModel) -> None:
                 layer.register_forward_hook(_keep_output)
             else:
                 layer.forward = _Returned(same)  # type: ignore[method-assign]
+                skipped.append(layer)
+    return skipped
 
 
 def _keep_output(module: torch.nn.Module, args: Any, output: Any) -> None:

@@ -63,19 +63,24 @@ class PreTrainedCausalLM:
                 setattr(self.config, name, value)
 
     @classmethod
-    def open(cls, hf_path: str | os.PathLike, trust_remote_code: bool | None = None) -> PreTrainedCausalLM:
-        """From a local folder or a hub id (which the hub's cache must hold when HF_HUB_OFFLINE is set).
+    def open(
+        cls, hf_path: str | os.PathLike, trust_remote_code: bool | None = None, *, weights: bool = True
+    ) -> PreTrainedCausalLM:
+        """From a local folder or a hub id (which the hub's cache must hold when HF_HUB_OFFLINE is set). Without `weights` the
+        folder may lack them or hold them quantised, and of a hub's model they are not fetched.
 
         Raises ConfigError when the model needs code of its own and there is no permission to run it.
         """
         path = Path(hf_path)
         if not path.is_dir():
-            path = _hub_folder(str(hf_path))
+            path = _hub_folder(str(hf_path), weights)
         file = path / "config.json"
         if not file.is_file():
             raise CheckpointError(f"{path} has no config.json: give a folder as save_pretrained writes it")
         raw = read_config(file)
-        return cls(load_config(raw, path, is_safe_repo(hf_path, trust_remote_code)), raw, path)
+        has_weights = weights or (any(path.glob("*.safetensors")) and not any(raw.get(name) for name in STORAGE))
+        config = load_config(raw, path, is_safe_repo(hf_path, trust_remote_code))
+        return cls(config, raw, path if has_weights else None)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -109,17 +114,18 @@ def load_config(raw: dict[str, Any], path: Path, trusted: bool) -> PreTrainedCon
             return kind.from_dict(copy.deepcopy(raw))  # it writes into nested dicts
         if raw.get("auto_map"):
             if not trusted:
-                MegatronModelBridge.find(raw.get("architectures"))  # without a bridge, permission would not help
+                MegatronModelBridge.find(raw)  # without a bridge, permission would not help
                 raise ConfigError(
                     f"{path} ships its own code (auto_map) for model type {raw.get('model_type')!r} and may not run it "
                     "(trust_remote_code=False): pass trust_remote_code=True if you trust it"
                 )
-            return AutoConfig.from_pretrained(path, trust_remote_code=True)
+            return AutoConfig.from_pretrained(path.parent if path.suffix == ".json" else path, trust_remote_code=True)
         return PreTrainedConfig.from_dict(copy.deepcopy(raw))
     except ConfigError:
         raise
     except Exception as error:  # transformers' strict configs raise their own kinds
-        raise ConfigError(f"{path}/config.json: {' '.join(str(error).split())}") from error
+        file = path if path.suffix == ".json" else path / "config.json"
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from error
 
 
 def _config_class(raw: dict[str, Any]) -> type[PreTrainedConfig] | None:
@@ -135,11 +141,12 @@ def _config_class(raw: dict[str, Any]) -> type[PreTrainedConfig] | None:
         parts: Any = kind.sub_configs
         registration = MegatronModelBridge.registered(raw.get("architectures"))
         named = registration.model_type if registration else None
-        return next((part for part in parts.values() if part.model_type == named), kind)
-    registration = MegatronModelBridge.registered(raw.get("architectures"))
+        return next((part for part in parts.values() if named and getattr(part, "model_type", None) == named), kind)
+    registration = MegatronModelBridge.registered(raw.get("architectures"), model_type)
     if registration is None or not model_type or model_type not in (registration.model_type, *registration.aliases):
         return None
-    return _config_class({"model_type": registration.model_type}) or PublishedConfig
+    known = registration.model_type
+    return HF_CONFIG_CLASSES[known] if known and known in HF_CONFIG_CLASSES else PublishedConfig
 
 
 def _states_its_fields(raw: dict[str, Any]) -> bool:
@@ -151,11 +158,12 @@ def _states_its_fields(raw: dict[str, Any]) -> bool:
     return raw.get("model_type") in (registration.model_type, *registration.aliases)
 
 
-def _hub_folder(repo: str) -> Path:
+def _hub_folder(repo: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    files: Any = {"ignore_patterns": list(LEFT_BEHIND)} if weights else {"allow_patterns": ["config.json", "*.py"]}
     try:
-        return Path(snapshot_download(repo, ignore_patterns=list(LEFT_BEHIND)))
+        return Path(snapshot_download(repo, **files))
     except Exception as error:
         raise CheckpointError(
             f"{repo} is neither a folder nor a model that the hub (or its cache) gives: {str(error).splitlines()[0]}"

@@ -7,8 +7,9 @@ Megatron parameter is made of (mapping_registry). Nothing is guessed: a config f
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -136,27 +137,26 @@ class MegatronModelBridge:
         return next(named, None)
 
     @staticmethod
-    def find(config: PreTrainedConfig | Sequence[str] | None) -> Registration:
-        """The registration for a config, or for its `architectures`. ConfigError says what has a bridge instead: an
+    def find(config: PreTrainedConfig | Mapping[str, Any]) -> Registration:
+        """The registration for a config, or for a config.json as it stands. ConfigError says what has a bridge instead: an
         architecture that is spelt almost the same, or the language model that is part of this one."""
-        bare = config is None or isinstance(config, list | tuple)
-        architectures: Any = config if bare else getattr(config, "architectures", None)
-        model_type = None if bare else getattr(config, "model_type", None)
+        get: Any = config.get if isinstance(config, Mapping) else partial(getattr, config)
+        architectures, model_type = get("architectures", None), get("model_type", None)
         if registration := MegatronModelBridge.registered(architectures, model_type):
             return registration
+        listed = "(goldengate families lists them)"
         if not architectures:
             raise ConfigError(
-                f"config.json names no architecture, and model type {model_type or '(none given)'} has no bridge "
-                "(goldengate families lists them)"
+                f"config.json names no architecture, and model type {model_type or '(none given)'} has no bridge {listed}"
             )
-        near = near_miss(architectures[0], _REGISTERED)
-        text = None if bare else getattr(config, "text_config", None)
-        part = MegatronModelBridge.registered(None, getattr(text, "model_type", None)) if text is not None else None
+        near, text = near_miss(architectures[0], _REGISTERED), get("text_config", None)
+        text_type = text.get("model_type") if isinstance(text, Mapping) else getattr(text, "model_type", None)
+        part = MegatronModelBridge.registered(None, text_type)
         raise ConfigError(
             f"architecture {architectures[0]} has no bridge"
             + (f"; did you mean {near}?" if near else "")
             + (f"; its text_config alone has one, as {part.architecture}" if part else "")
-            + " (goldengate families lists them)"
+            + f" {listed}"
         )
 
     # -- configuration -----------------------------------------------------------------------------------------------
@@ -178,9 +178,14 @@ class MegatronModelBridge:
             required=cls.HF_FIELDS,
             inert=cls.HF_INERT,
         )
-        reader, unread = config_fields.unread(config, raw)
+        reader, unread = cls.unread_fields(config, raw)
         if unread:
             logger.info("not read by %s: %s", reader, ", ".join(unread))
+
+    @classmethod
+    def unread_fields(cls, config: PreTrainedConfig, raw: dict | None) -> tuple[str, list[str]]:
+        """(transformers' class, the fields of config.json that neither it nor a rule about what it leaves out reads)."""
+        return config_fields.unread(config, raw, {name for rule in cls._rules() if rule.unread for name in rule.hf})
 
     @classmethod
     def hf_config_to_provider_kwargs(cls, config: PreTrainedConfig) -> dict[str, Any]:

@@ -146,7 +146,9 @@ def verify(
 
 @app.command()
 def flops(
-    config: Annotated[str, typer.Argument(help="A row, a config.json, or a folder that holds one.")],
+    config: Annotated[
+        str, typer.Argument(help="A row, a config.json, a folder with one, a hub id, or a folder of *.json.")
+    ],
     seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 4096,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     packed: Annotated[
@@ -156,6 +158,7 @@ def flops(
     kernels: Annotated[
         str, typer.Option(help="Of the hardware convention: torch (this CPU) or fused (a GPU).")
     ] = "torch",
+    trust_remote_code: TrustOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """FLOPs of one forward and backward by named part, under a stated convention."""
@@ -170,15 +173,14 @@ def flops(
         lengths = None if packed is None else [int(word) for word in packed.split(",")]
     except ValueError:
         raise ValueError(f"--packed {packed!r}: whole numbers separated by commas are needed, e.g. 1024,3072") from None
-    provider = command.load_provider(config)
-    counted = count(
-        provider,
-        seq=seq,
-        batch=batch,
-        packed=lengths,
-        convention=convention,  # type: ignore[arg-type]  # Run says which there are
-        kernels=kernels,  # type: ignore[arg-type]
-    )
+    run: dict = {"seq": seq, "batch": batch, "packed": lengths, "convention": convention, "kernels": kernels}
+    if command.is_collection(config):
+        found = command.survey(config, trust_remote_code, **run)
+        _write_json(json_file, {"configs": [vars(one) for one in found]})
+        if json_file != "-":
+            Console().print(command.survey_table(found))
+        return
+    counted = count(command.load_provider(config, trust_remote_code), **run)
     _write_json(json_file, {"config": config, "description": command.describe(counted.run), **counted.as_dict()})
     if json_file != "-":
         Console().print(command.table(counted))

@@ -534,7 +534,7 @@ def test_remote_code_runs_with_permission(remote_model):
 )
 def test_remote_code_of_a_hub_id(remote_model, monkeypatch, repo, trust, runs):
     """Scenario 3: a whitelisted organisation needs no word, another does, and a no counts for both."""
-    monkeypatch.setattr(hf_pretrained, "_hub_folder", lambda name: remote_model)
+    monkeypatch.setattr(hf_pretrained, "_hub_folder", lambda name, *_: remote_model)
     with contextlib.nullcontext() if runs else pytest.raises(ConfigError, match="trust_remote_code"):
         AutoBridge.from_hf_pretrained(repo, trust_remote_code=trust)
     assert (remote_model / "ran").exists() is runs

@@ -85,6 +85,9 @@ _YARN = {
     "mscale_all_dim": "mscale_all_dim",
 }
 
+# What the general rope rule reads, and the old name of rope_type.
+_GENERAL = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+
 
 def rope(yarn: str = "yarn", *, plain: bool = True) -> Rule:
     """Plain or yarn, which scales the softmax by mscale_all_dim, and cos and sin by the ratio of mscale to it. `yarn` is
@@ -94,6 +97,8 @@ def rope(yarn: str = "yarn", *, plain: bool = True) -> Rule:
     def to_megatron(config) -> Fields:
         scaling = dict(getattr(config, "rope_parameters", None) or {})
         kind = scaling.get("rope_type", "default")
+        if (percent := scaling.get("partial_rotary_factor") or 1.0) != 1.0:
+            raise ValueError(f"partial_rotary_factor {percent} is not built for multi-latent attention")
         if kind == "default" and not plain:
             raise ValueError("rope_scaling is missing: only the model's own code knows its default")
         if kind == "default":
@@ -102,6 +107,8 @@ def rope(yarn: str = "yarn", *, plain: bool = True) -> Rule:
             raise ValueError(f"rope_type {kind!r} is not built for multi-latent attention; known: default, {yarn}")
         if missing := [k for k in ("mscale", "mscale_all_dim") if not scaling.get(k)]:
             raise ValueError(f"rope_scaling of type yarn without {' and '.join(missing)} is not built")
+        if more := sorted(k for k, v in scaling.items() if k not in (*_YARN, *_GENERAL) and v is not None):
+            raise ValueError(f"rope_scaling with {', '.join(more)} is not built for multi-latent attention")
         return {"rope_type": "yarn", **{m: scaling[hf] for hf, m in _YARN.items() if hf in scaling}}
 
     def to_hf(provider) -> Fields:

@@ -87,7 +87,7 @@ def _published_differences(original: dict, regenerated: dict, inert: frozenset[s
 
 def _unread(subject: Subject) -> str:
     pretrained = subject.auto_bridge.hf_pretrained
-    reader, names = config_fields.unread(pretrained.config, pretrained.raw)
+    reader, names = subject.auto_bridge._model_bridge.unread_fields(pretrained.config, pretrained.raw)
     return f"; not read by {reader}: {', '.join(names)}" if names else ""
 
 
