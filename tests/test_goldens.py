@@ -14,7 +14,7 @@ from harness.reference import goldens
 from harness.reference.compare import relative_rms
 from harness.reference.gradients import PROJECTIONS
 from tests.bounds import of_gradients, of_row, roundings
-from toy_models import builder
+from toy_models import catalogue
 
 ROWS = toy_models.rows()
 
@@ -23,19 +23,19 @@ ROWS = toy_models.rows()
 def folder(tmp_path, monkeypatch):
     """Goldens and rows in a folder of the test's own: qwen2 and its golden, nothing else."""
     (tmp_path / "rows").mkdir()
-    shutil.copy(builder.ROWS / "qwen2.json", tmp_path / "rows")
+    shutil.copy(catalogue.ROWS / "qwen2.json", tmp_path / "rows")
     shutil.copy(goldens.path("qwen2"), tmp_path)
-    monkeypatch.setattr(builder, "ROWS", tmp_path / "rows")
+    monkeypatch.setattr(catalogue, "ROWS", tmp_path / "rows")
     monkeypatch.setattr(goldens, "FOLDER", tmp_path)
-    builder._read.cache_clear()
+    catalogue._read.cache_clear()
     yield tmp_path
-    builder._read.cache_clear()
+    catalogue._read.cache_clear()
 
 
 def change_config(folder, **changes):
     file = folder / "rows" / "qwen2.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    builder._read.cache_clear()
+    catalogue._read.cache_clear()
 
 
 def rewrite(tensors=None, **provenance):

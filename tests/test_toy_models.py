@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import toy_models
 from harness.reference.compare import relative_rms
-from toy_models import builder, checkpoint
+from toy_models import catalogue, checkpoint
 from toy_models.randomise import kind_of, named_tensors, random_blocks
 from toy_models.reference import native_config, publish, restore
 
@@ -560,6 +560,6 @@ def test_a_streamed_checkpoint_refuses_renamed_models_and_odd_dtypes(tmp_path):
 
 def test_a_row_that_bases_itself_on_an_unknown_row_says_so(tmp_path, monkeypatch):
     (tmp_path / "twin.json").write_text('{"_base": "lama"}')
-    monkeypatch.setattr(builder, "ROWS", tmp_path)
+    monkeypatch.setattr(catalogue, "ROWS", tmp_path)
     with pytest.raises(ValueError, match="no toy row 'lama'; nearest: twin"):
         toy_models.config_dict("twin")

@@ -1,7 +1,9 @@
 """Toy Hugging Face models: one hub-style `config.json` per row, the same weights on every machine.
 
 - rows(): names of the rows
-- config_dict(row): the row's config.json as a dict
+- config_dict(row): the row's config.json as a dict; row_file(row): with our own keys
+- guests(files): a context in which further row files count
+- shrink(config): a toy's config.json for a published one
 - hf_config(row): the transformers config made from it
 - reference_of(row): how transformers computes a model that it has no class for, else None
 - reference_class(row): the name of the transformers class that is the row's truth
@@ -19,25 +21,28 @@
 from toy_models import mtp
 from toy_models.builder import (
     build,
-    config_dict,
     golden_key,
     hf_config,
     inputs,
     mtp_spec,
     reference_class,
     reference_of,
-    rows,
 )
+from toy_models.catalogue import config_dict, guests, is_guest, row_file, rows
 from toy_models.checkpoint import load, published, save, write, write_config_checkpoint
 from toy_models.randomise import SEED, random_tensor, randomise, weights_hash
+from toy_models.shrink import ShrinkError, shrink
 
 __all__ = [
     "SEED",
+    "ShrinkError",
     "build",
     "config_dict",
     "golden_key",
+    "guests",
     "hf_config",
     "inputs",
+    "is_guest",
     "load",
     "mtp",
     "mtp_spec",
@@ -46,8 +51,10 @@ __all__ = [
     "randomise",
     "reference_class",
     "reference_of",
+    "row_file",
     "rows",
     "save",
+    "shrink",
     "weights_hash",
     "write",
     "write_config_checkpoint",

@@ -1,12 +1,8 @@
 """From a row's JSON file to a Hugging Face model and its inputs."""
 
 import copy
-import difflib
 import inspect
-import json
 import sys
-from functools import cache
-from pathlib import Path
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -14,41 +10,21 @@ from transformers.modeling_layers import MtpModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from toy_models import mtp
+from toy_models.catalogue import config_dict, row_file
 from toy_models.randomise import generator, randomise
 from toy_models.reference import native_config
 
-ROWS = Path(__file__).parent / "rows"
 BATCH, SEQUENCE = 4, 24
-
-
-def rows() -> list[str]:
-    """Names of all rows, sorted, each base before its twins."""
-    return sorted(path.name.removesuffix(".json") for path in ROWS.glob("*.json"))
-
-
-def config_dict(row: str) -> dict:
-    """The row's hub-style config.json, a twin merged with its base. ValueError: unknown row."""
-    return {key: copy.deepcopy(value) for key, value in _read(row).items() if not key.startswith("_")}
-
-
-@cache
-def _read(row: str) -> dict:
-    """The row's file over its base's. Keys with an underscore are ours: `_base`, `_inputs_seed`, `_mtp`, `_as_in_memory`, `_reference`."""
-    if row not in rows():
-        near = difflib.get_close_matches(row, rows(), cutoff=0.3) or rows()
-        raise ValueError(f"no toy row {row!r}; nearest: {', '.join(near)}")
-    config = json.loads((ROWS / f"{row}.json").read_text())
-    return {**_read(config["_base"]), **config} if "_base" in config else config
 
 
 def reference_of(row: str) -> dict | None:
     """How transformers computes a model that it has no class for, see toy_models.reference; None where it has one."""
-    return copy.deepcopy(_read(row).get("_reference"))
+    return copy.deepcopy(row_file(row).get("_reference"))
 
 
 def golden_key(row: str) -> dict:
     """What a golden depends on beside weights and inputs."""
-    return config_dict(row) | {key: value for key, value in _read(row).items() if key in ("_mtp", "_reference")}
+    return config_dict(row) | {key: value for key, value in row_file(row).items() if key in ("_mtp", "_reference")}
 
 
 def hf_config(row: str, config: dict | None = None) -> PretrainedConfig:
@@ -92,12 +68,12 @@ def plain_torch(model: PreTrainedModel) -> None:
 def published_as_in_memory(row: str) -> bool:
     """Are the row's tensors published under transformers' own names (`_as_in_memory`), though its conversion on saving
     would give others (experts one by one)?"""
-    return _read(row).get("_as_in_memory", False)
+    return row_file(row).get("_as_in_memory", False)
 
 
 def mtp_spec(row: str) -> dict | None:
     """What the row's file says of its multi-token prediction heads, see toy_models.mtp."""
-    return copy.deepcopy(_read(row).get("_mtp"))
+    return copy.deepcopy(row_file(row).get("_mtp"))
 
 
 def attach_mtp(model: PreTrainedModel, heads: MtpModel | None) -> None:
@@ -112,7 +88,7 @@ def inputs(row: str) -> torch.Tensor:
     no gradient, Megatron does. Where a token's last chosen expert and the next nearly tie, rounding decides
     and comparing logits means nothing; such a row's file names another `_inputs_seed`.
     """
-    config = _read(row)
+    config = row_file(row)
     allowed = [i for i in range(config["vocab_size"]) if i != config.get("pad_token_id")]
     raw = generator(f"inputs of {row}", config.get("_inputs_seed", 0)).random_raw(BATCH * SEQUENCE)
     return torch.tensor([allowed[int(bits) % len(allowed)] for bits in raw]).view(BATCH, SEQUENCE)

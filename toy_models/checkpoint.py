@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from toy_models import mtp
-from toy_models.builder import attach_mtp, build, config_dict, mtp_spec, published_as_in_memory, reference_of
+from toy_models.builder import attach_mtp, build, mtp_spec, published_as_in_memory, reference_of
+from toy_models.catalogue import config_dict
 from toy_models.randomise import SEED, kind_of, named_tensors, random_blocks
 from toy_models.reference import native_config, publish, restore
 
