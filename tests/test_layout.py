@@ -19,7 +19,7 @@ from bridges import AutoBridge, GPTModelProvider, Layout, LayoutError
 from bridges.conversion.tasks import current_layout
 from bridges.hf_pretrained import load_config
 from bridges.layout import Coords
-from bridges.providers.cpu_backend import zigzag_positions
+from bridges.providers.core_attention import zigzag_positions
 from bridges.providers.groups import ensure_process_groups
 from harness.layouts import DENSE_AXES, EXPERT_AXES, MAX_RANKS, choose, covering
 from harness.ranks import jobs

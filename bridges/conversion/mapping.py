@@ -195,16 +195,18 @@ class GatedMLPMapping(ParamMapping):
     """gate and up, each cut over tensor parallel, then side by side."""
 
     def __init__(self, megatron_param: str, gate: str, up: str):
-        super().__init__(megatron_param, (Part(gate, "(t f) h -> t ; f ; h"), Part(up, "(t f) h -> t ; f ; h")))
+        h = "" if _bias(megatron_param) else " h"
+        super().__init__(megatron_param, tuple(Part(hf, f"(t f){h} -> t ; f ;{h}") for hf in (gate, up)))
 
 
 class ConcatenatedGatedMLPMapping(ParamMapping):
     """One HF tensor that holds [gate | up] rows (Phi-3)."""
 
     def __init__(self, megatron_param: str, hf_param: str):
+        h = "" if _bias(megatron_param) else " h"
         super().__init__(
             megatron_param,
-            (Part(hf_param, "([*t f | t f]) h -> t ; f ; h"), Part(hf_param, "([t f | *t f]) h -> t ; f ; h")),
+            tuple(Part(hf_param, f"([{one}]){h} -> t ; f ;{h}") for one in ("*t f | t f", "t f | *t f")),
         )
 
 

@@ -25,9 +25,19 @@ def embeddings(
 ) -> list[ParamMapping]:
     return [
         AutoMapping("embedding.word_embeddings.weight", f"{embed}.weight"),
-        AutoMapping("decoder.final_layernorm.weight", f"{norm}.weight"),
+        *_norm("decoder.final_layernorm.", norm),
         AutoMapping("output_layer.weight", f"{head}.weight"),
     ]
+
+
+def _norm(megatron: str, hf: str) -> list[ParamMapping]:
+    """A norm's weight and, for the models that have it, its bias."""
+    return [AutoMapping(f"{megatron}{kind}", f"{hf}.{kind}") for kind in ("weight", "bias")]
+
+
+def _linear(megatron: str, hf: str) -> list[ParamMapping]:
+    """A linear's weight and, for the models that have it, its bias."""
+    return [AutoMapping(f"{megatron}.{kind}", f"{hf}.{kind}") for kind in ("weight", "bias")]
 
 
 def attention(
@@ -42,7 +52,10 @@ def attention(
     """Grouped-query attention with its norm; biases and q/k norms are mapped for the models that have them. `qkv` names
     one tensor of all queries, keys and values."""
     m, a = f"{MEGATRON_LAYER}.self_attention", f"{layer}.{block}"
-    mappings: list[ParamMapping] = [AutoMapping(f"{m}.linear_qkv.layer_norm_weight", f"{layer}.{norm}.weight")]
+    mappings = [
+        *_norm(f"{m}.linear_qkv.layer_norm_", f"{layer}.{norm}"),
+        *_norm(f"{MEGATRON_LAYER}.input_layernorm.", f"{layer}.{norm}"),
+    ]
     for kind in ("weight", "bias"):
         if qkv:
             mappings.append(ConcatenatedQKVMapping(f"{m}.linear_qkv.{kind}", f"{a}.{qkv}.{kind}"))
@@ -56,26 +69,38 @@ def attention(
         *mappings,
         AutoMapping(f"{m}.q_layernorm.weight", f"{a}.{qk_norm[0]}.weight"),
         AutoMapping(f"{m}.k_layernorm.weight", f"{a}.{qk_norm[1]}.weight"),
-        AutoMapping(f"{m}.linear_proj.weight", f"{a}.{output}.weight"),
+        *_linear(f"{m}.linear_proj", f"{a}.{output}"),
     ]
 
 
 def gated_mlp(
     *, layer: str = HF_LAYER, norm: str = "post_attention_layernorm", gate_up: str | None = None
 ) -> list[ParamMapping]:
-    """A dense feed-forward block with its norm."""
+    """A dense feed-forward block with its norm; `gate_up` names one tensor of both matrices."""
     m = f"{MEGATRON_LAYER}.mlp"
-    fc1 = (
-        ConcatenatedGatedMLPMapping(f"{m}.linear_fc1.weight", f"{layer}.mlp.{gate_up}.weight")
-        if gate_up
-        else GatedMLPMapping(
-            f"{m}.linear_fc1.weight", gate=f"{layer}.mlp.gate_proj.weight", up=f"{layer}.mlp.up_proj.weight"
-        )
-    )
+    mappings = _norm(f"{m}.linear_fc1.layer_norm_", f"{layer}.{norm}")
+    for kind in ("weight", "bias"):
+        fc1 = f"{m}.linear_fc1.{kind}"
+        if gate_up:
+            mappings.append(ConcatenatedGatedMLPMapping(fc1, f"{layer}.mlp.{gate_up}.{kind}"))
+        else:
+            gate, up = f"{layer}.mlp.gate_proj.{kind}", f"{layer}.mlp.up_proj.{kind}"
+            mappings.append(GatedMLPMapping(fc1, gate=gate, up=up))
+    return [*mappings, *_linear(f"{m}.linear_fc2", f"{layer}.mlp.down_proj")]
+
+
+def plain_mlp(
+    *,
+    layer: str = HF_LAYER,
+    norm: str = "post_attention_layernorm",
+    names: tuple[str, str] = ("up_proj", "down_proj"),
+) -> list[ParamMapping]:
+    """A dense feed-forward block of two matrices, with its norm."""
+    m = f"{MEGATRON_LAYER}.mlp"
     return [
-        AutoMapping(f"{m}.linear_fc1.layer_norm_weight", f"{layer}.{norm}.weight"),
-        fc1,
-        AutoMapping(f"{m}.linear_fc2.weight", f"{layer}.mlp.down_proj.weight"),
+        *_norm(f"{m}.linear_fc1.layer_norm_", f"{layer}.{norm}"),
+        *_linear(f"{m}.linear_fc1", f"{layer}.mlp.{names[0]}"),
+        *_linear(f"{m}.linear_fc2", f"{layer}.mlp.{names[1]}"),
     ]
 
 

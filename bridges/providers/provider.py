@@ -174,7 +174,24 @@ class GPTModelProvider(TransformerConfig):
 
     def layer_spec(self, vp_stage: int | None) -> Any:
         """Megatron's own block spec; on a CPU its Transformer Engine modules are those of bridges.providers.cpu_backend."""
-        return gpt_layer_specs.get_gpt_decoder_block_spec(self, use_transformer_engine=True, vp_stage=vp_stage)
+        block = gpt_layer_specs.get_gpt_decoder_block_spec(self, use_transformer_engine=True, vp_stage=vp_stage)
+        self._edit(block.layer_specs)
+        self.edit_block(block)
+        return block
+
+    def _edit(self, specs: Any) -> Any:
+        for spec in {id(spec): spec for spec in specs}.values():  # layers of one kind share one
+            self.edit_layer(spec)
+        return specs
+
+    def edit_layer(self, spec: Any) -> None:
+        """Mechanisms change Megatron's spec of a kind of layer here, and call super's."""
+
+    def edit_block(self, block: Any) -> None:
+        """Mechanisms change what the decoder has beside its layers (the final norm) here, and call super's."""
+
+    def finish(self, model: Any) -> None:
+        """Mechanisms change a built chunk here, and call super's."""
 
     def mtp_spec(self, vp_stage: int | None) -> Any:
         """The heads of multi-token prediction, where this chunk has them; each runs a layer like the decoder's last."""
@@ -185,7 +202,7 @@ class GPTModelProvider(TransformerConfig):
 
     def all_layer_specs(self) -> Any:
         """The specs of all decoder layers, on whatever stage they are."""
-        return gpt_layer_specs.get_gpt_decoder_layer_specs(self, use_transformer_engine=True)
+        return self._edit(gpt_layer_specs.get_gpt_decoder_layer_specs(self, use_transformer_engine=True))
 
     def provide(self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> GPTModel:
         """One model chunk for this rank (process groups must exist)."""
@@ -220,6 +237,7 @@ class GPTModelProvider(TransformerConfig):
             )
             scale_rotation(model, self._rope()[1])
         routing.install(model, self)
+        self.finish(model)
         return model
 
     def provide_chunks(self) -> list:

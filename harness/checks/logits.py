@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bridges import Layout
-from bridges.providers.cpu_backend import zigzag_positions
+from bridges.providers.core_attention import zigzag_positions
 from harness.checks.localise import first_difference, hf_activations
 from harness.checks.outcome import Outcome
 from harness.checks.subject import Bench

@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from bridges import AutoBridge, Layout
 from bridges.conversion.tasks import current_layout, global_tensors, unwrap
-from bridges.providers.cpu_backend import zigzag_positions
+from bridges.providers.core_attention import zigzag_positions
 from bridges.providers.groups import ensure_process_groups
 from bridges.providers.provider import GPTModelProvider
 

@@ -1,0 +1,14 @@
+"""The decoder that families with other norms, scales, ropes or an other order of blocks are built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bridges.mechanisms.branches import BranchesProvider
+from bridges.mechanisms.qk_norm import QKNormProvider
+from bridges.mechanisms.scales import ScalesProvider
+
+
+@dataclass
+class DecoderProvider(BranchesProvider, ScalesProvider, QKNormProvider):
+    """A GPTModelProvider with every mechanism of grouped-query decoders; all are off until a family asks for them."""
