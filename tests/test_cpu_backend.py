@@ -16,15 +16,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bridges import GPTModelProvider, Layout
 from bridges.providers import cpu_substitutions
+from bridges.providers.core_attention import CoreAttention, zigzag_positions
 from bridges.providers.cpu_backend import (
     ColumnLinear,
-    CoreAttention,
     DuplicatedLinear,
     GroupedLinear,
     LayerNormColumnLinear,
     Norm,
     RowLinear,
-    zigzag_positions,
 )
 from bridges.providers.groups import ensure_process_groups
 from harness.ranks import jobs

@@ -54,6 +54,8 @@ class ParallelLayer(TransformerLayer):
     """A layer whose feed-forward reads what its attention reads. With a shared norm that is `input_layernorm`'s output,
     else each has a norm of its own, fused into its first linear."""
 
+    _attended: Any = None  # the residual stream with what attention gave, while the feed-forward runs
+
     def forward(self, hidden_states, *args, **kwargs):
         self._attended, context = self._forward_attention(hidden_states, *args, **kwargs)
         shared: Any = self.input_layernorm  # Identity where the norms are the linears'
@@ -92,7 +94,7 @@ class BranchesProvider(GPTModelProvider):
 
     def edit_layer(self, spec: Any) -> None:
         super().edit_layer(spec)
-        layer, backend = spec.submodules, gpt_layer_specs.TESpecProvider()
+        layer, backend = spec.submodules, _backend()
         norm: Any = backend.layer_norm() if self.layernorm_bias else Norm
         if not self.pre_norm or self.shared_norm or not self.layernorm_bias:
             _unfuse(layer, backend, norm if self.pre_norm else IdentityOp, shared=self.shared_norm)
@@ -112,6 +114,11 @@ class BranchesProvider(GPTModelProvider):
         super().edit_block(block)
         if not self.layernorm_bias:
             block.layer_norm = Norm
+
+
+def _backend() -> Any:
+    """Transformer Engine's modules, or on a CPU those that stand for them."""
+    return gpt_layer_specs.TESpecProvider()  # type: ignore[misc]
 
 
 def _unfuse(layer: Any, backend: Any, norm: Any, *, shared: bool) -> None:

@@ -33,7 +33,7 @@ class WholeNorm(torch.nn.Module):
         if config.normalization != "RMSNorm":
             raise ValueError(f"a {config.normalization} over a whole projection is not built: RMSNorm is")
         self.eps, self.heads = eps, heads
-        self.group = parallel_state.get_tensor_model_parallel_group()
+        self.group: Any = parallel_state.get_tensor_model_parallel_group()
         self.weight = Parameter(torch.ones(heads * hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

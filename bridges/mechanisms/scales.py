@@ -26,11 +26,9 @@ class ScalesProvider(GPTModelProvider):
     attention_softcap: float | None = None
 
     def finalize(self):
-        if self.cross_entropy_loss_fusion and self.cross_entropy_fusion_impl == "linear":
-            if self.logits_softcap is not None or self.logits_multiplier != 1.0:
-                raise ValueError(
-                    "cross_entropy_fusion_impl = 'linear' skips this model's logits softcap and multiplier"
-                )
+        linear = self.cross_entropy_loss_fusion and self.cross_entropy_fusion_impl == "linear"
+        if linear and (self.logits_softcap is not None or self.logits_multiplier != 1.0):
+            raise ValueError("cross_entropy_fusion_impl = 'linear' skips this model's logits softcap and multiplier")
         return super().finalize()
 
     def edit_layer(self, spec: Any) -> None:
