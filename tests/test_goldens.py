@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -21,13 +22,14 @@ ROWS = toy_models.rows()
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Goldens and rows in a folder of the test's own: qwen2 and its golden, nothing else."""
+    """Goldens and rows in a folder of the test's own: qwen2 and its golden, as if made with the libraries of today."""
     (tmp_path / "rows").mkdir()
     shutil.copy(catalogue.ROWS / "qwen2.json", tmp_path / "rows")
     shutil.copy(goldens.path("qwen2"), tmp_path)
     monkeypatch.setattr(catalogue, "ROWS", tmp_path / "rows")
     monkeypatch.setattr(goldens, "FOLDER", tmp_path)
     catalogue._read.cache_clear()
+    rewrite(versions={library: version(library) for library in goldens.LIBRARIES})
     yield tmp_path
     catalogue._read.cache_clear()
 
