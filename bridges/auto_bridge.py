@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from bridges import families as _families  # noqa: F401 - registers every family
 from bridges.checkpoints.companions import companions
+from bridges.checkpoints.megatron import open_source
 from bridges.checkpoints.reader import CONFIG_FILE, Checkpoint, CheckpointError
 from bridges.checkpoints.writer import CheckpointWriter
 from bridges.config_spelling import check_spellings, patched
@@ -131,7 +132,7 @@ class AutoBridge:
         return self._tasks(model, self._source(hf_path))
 
     def _source(self, hf_path: str | os.PathLike | None) -> Checkpoint:
-        return Checkpoint.open(hf_path) if hf_path is not None else self.hf_pretrained.checkpoint
+        return open_source(hf_path) if hf_path is not None else self.hf_pretrained.checkpoint
 
     def _tasks(self, model, source: Checkpoint) -> list[ConversionTask]:
         chunks: Sequence = model if isinstance(model, list | tuple) else [model]

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING as HF_CONFIG_CLASSES
 from transformers import AutoConfig, PreTrainedConfig
 
 from bridges.checkpoints.companions import LEFT_BEHIND
+from bridges.checkpoints.megatron import open_source
 from bridges.checkpoints.reader import Checkpoint, CheckpointError
 from bridges.config_fields import STORAGE
 from bridges.model_bridge import ConfigError, MegatronModelBridge
@@ -92,7 +93,7 @@ class PreTrainedCausalLM:
                 f"{self.path}: its weights are quantised ({method or 'unknown method'}), which is not built: provider, FLOPs "
                 "and plan work from config.json alone; to import the weights give a folder of them in bf16 or fp32"
             )
-        return Checkpoint.open(self.path)
+        return open_source(self.path)
 
 
 def read_config(file: Path) -> dict[str, Any]:

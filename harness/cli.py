@@ -313,8 +313,9 @@ def convert_export(
     ],
     target: Annotated[Path, typer.Argument(help="A new Hugging Face folder.")],
     reference: Annotated[
-        Path, typer.Option("--hf", help="The Hugging Face folder whose names, dtypes and config to use.")
-    ],
+        Path | None,
+        typer.Option("--hf", help="A Hugging Face folder of the model, where the checkpoint has none of it."),
+    ] = None,
     layout: LayoutOption = "tp1",
     trust_remote_code: TrustOption = None,
     dtype: FileDtypeOption = None,

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bridges import AutoBridge, CheckpointError, Layout
 from bridges.checkpoints.companions import companions
 from bridges.checkpoints.comparison import same_bytes
+from bridges.checkpoints.megatron import ITERATION, locate, write_identity
 from bridges.checkpoints.reader import Checkpoint
 from bridges.conversion.agreement import of_all_ranks
 from bridges.providers import cpu_substitutions
@@ -97,9 +98,13 @@ def import_checkpoint(
             raise CheckpointError(f"{target} takes {conversion.nbytes} bytes, {free} are free; make room")
         part = target.with_name(f".{target.name}.partial")
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
+        (part / ITERATION).mkdir(parents=True)
         try:
-            saved = conversion.run("save", _save, str(part))
+            saved = conversion.run("save", _save, str(part / ITERATION))
+            bridge = conversion.bridge
+            write_identity(
+                part, bridge.hf_pretrained.checkpoint, bridge.ignored_tensors(bridge.hf_pretrained.checkpoint)
+            )
             part.rename(target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -115,21 +120,27 @@ def import_checkpoint(
 def export_checkpoint(
     source: Path,
     target: Path,
-    reference: Path,
+    reference: Path | None,
     layout_text: str,
     trust: bool | None,
     *,
     dtype: str | None = None,
     lossy: bool = False,
 ) -> dict[str, Any]:
-    """A Megatron distributed checkpoint -> a Hugging Face folder with the reference's names and files, and with its dtypes
-    or `dtype`."""
+    """A Megatron distributed checkpoint -> a Hugging Face folder with the names, files and dtypes (or `dtype`) of its source,
+    which the checkpoint's folder says, or else `reference`.
+
+    Raises CheckpointError for a reference that is another model than the checkpoint's.
+    """
     as_dtype = _dtype(dtype)
-    if not source.is_dir():
-        raise CheckpointError(f"{source} is not a folder: give a Megatron checkpoint")
+    checkpoint, identity = locate(source)
     _must_be_new(target)
-    with _Conversion(reference, layout_text, trust) as conversion:
-        took = conversion.run("load", _load, str(source))
+    if reference is None and identity is None:
+        raise CheckpointError(f"{source} does not say which model it is of: give a Hugging Face folder of it with --hf")
+    if reference is not None and identity is not None:
+        _must_be_of(identity, reference, trust)
+    with _Conversion(reference or identity, layout_text, trust) as conversion:
+        took = conversion.run("load", _load, str(checkpoint))
         wrote = conversion.export(target, as_dtype, lossy)
         return {
             "layout": str(conversion.layout),
@@ -138,6 +149,21 @@ def export_checkpoint(
             "export_s": wrote,
             "peak_mib": conversion.memory(),
         }
+
+
+def _must_be_of(identity: Path, reference: Path, trust: bool | None) -> None:
+    """Raise CheckpointError, naming the fields, when the Megatron folder is of another model than the reference."""
+    mine, other = (AutoBridge.from_hf_pretrained(folder, trust) for folder in (identity, reference))
+    a, b = ({"bridge": type(one._model_bridge).__name__, **_built(one)} for one in (mine, other))
+    if wrong := [f"{name} {a.get(name)!r} and {b.get(name)!r}" for name in {**a, **b} if a.get(name) != b.get(name)]:
+        raise CheckpointError(f"{identity} is of another model than {reference}: {first_few(wrong, 4)}")
+
+
+def _built(bridge: AutoBridge) -> dict[str, Any]:
+    """The provider's fields that make the model, whatever it is stored in."""
+    fields = vars(bridge.to_megatron_provider(load_weights=False)).items()
+    stored = ("params_dtype", "bf16", "fp16")
+    return {k: v for k, v in fields if k not in stored and isinstance(v, int | float | str | list | tuple | dict)}
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -158,8 +184,9 @@ def _must_be_new(target: Path) -> None:
 class _Conversion:
     """Ranks that hold the model of a checkpoint in a layout, and a progress bar over what they do."""
 
-    def __init__(self, source: Path, layout_text: str, trust: bool | None, dtype: str | None = None):
+    def __init__(self, source: Path | None, layout_text: str, trust: bool | None, dtype: str | None = None):
         global _counter
+        assert source is not None
         quiet()
         as_dtype = _dtype(dtype)
         self.layout = Layout.parse(layout_text)
@@ -168,7 +195,7 @@ class _Conversion:
                 f"layout {self.layout} has {self.layout.world_size} ranks; this machine forks at most {MAX_RANKS}"
             )
         # Everything that can be wrong with the input is found here, before any rank is forked or file is made.
-        bridge = AutoBridge.from_hf_pretrained(source, trust)
+        self.bridge = bridge = AutoBridge.from_hf_pretrained(source, trust)
         bridge.to_megatron_provider(load_weights=False).apply_layout(self.layout).check_layout()
         companions(source)
         self.nbytes = sum(info.nbytes for info in bridge.hf_pretrained.checkpoint.tensors.values())
@@ -301,7 +328,7 @@ def _save(target: str) -> None:
     filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
     logging.getLogger("megatron").setLevel(logging.CRITICAL)  # what it logs as an error it raises as well
     with _reason(f"cannot write {target}"):
-        dist_checkpointing.save(_sharded_state(), target, validate_access_integrity=False)
+        dist_checkpointing.save({**_sharded_state(), **_common_state()}, target, validate_access_integrity=False)
 
 
 def _load(source: str) -> None:
@@ -339,6 +366,16 @@ def _reason(what: str):
     except CheckpointException as error:
         first, _ = next(iter(error.failures.values()))
         raise CheckpointError(f"{what}: {textwrap.shorten(str(first), 200)}") from error
+
+
+def _common_state() -> dict[str, Any]:
+    """What Megatron-LM wants to find beside the tensors when it resumes: plain values, the same on every rank."""
+    import argparse
+
+    provider = jobs.current().provider
+    plain = {k: v for k, v in vars(provider).items() if isinstance(v, int | float | str) and not k.startswith("_")}
+    args = argparse.Namespace(**plain, padded_vocab_size=provider.padded_vocab_size, consumed_train_samples=0)
+    return {"args": args, "checkpoint_version": 3.0, "iteration": 0}
 
 
 def _sharded_state() -> dict[str, Any]:

@@ -480,9 +480,13 @@ def test_a_source_that_is_not_there_is_refused(good, megatron, tmp_path, kind):
 
 @pytest.mark.parametrize("row", ["qwen2", "llama3.2_tied", "mixtral"])
 def test_a_megatron_checkpoint_of_another_model_is_refused(good, megatron, tmp_path, row):
-    """The line names the checkpoint and the first tensor that is missing or of another shape."""
+    """The line names the checkpoint and the first tensor that is missing or of another shape, or what is another in the
+    config where the folder has one."""
     args = ("convert", "export", megatron, tmp_path / "target", "--hf", good(row))
-    refused(tmp_path, *args, says=r"cannot load \S+/llama3 as this model: .*decoder\.layers\.")
+    refused(tmp_path, *args, says=r"llama3 is of another model than \S+: ")
+    alone = shutil.copytree(megatron / "iter_0000000", tmp_path / "alone")
+    args = ("convert", "export", alone, tmp_path / "target", "--hf", good(row))
+    refused(tmp_path, *args, says=r"cannot load \S+/alone as this model: .*decoder\.layers\.")
 
 
 def test_a_megatron_checkpoint_of_more_than_the_model_is_refused(good, copy, tmp_path):
@@ -493,6 +497,8 @@ def test_a_megatron_checkpoint_of_more_than_the_model_is_refused(good, copy, tmp
     edit_config(folder, num_nextn_predict_layers=0)
     edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "mtp" in name])
     args = ("convert", "export", source, target, "--hf", folder, "--layout", "tp2")
+    refused(tmp_path, *args, says=r"megatron is of another model than \S+: mtp_num_layers")
+    (source / "goldengate_outline.json").unlink()
     refused(tmp_path, *args, says=r"as this model, which has no place for mtp\.layers\..* \(and \d+ more\)")
 
 
@@ -513,7 +519,7 @@ def test_a_stock_checkpoint_of_gated_delta_nets_is_refused(good, tmp_path):
     source, target = tmp_path / "megatron", tmp_path / "target"
     assert goldengate(tmp_path, "convert", "import", good(row), source, before=before).code == 0
     args = ("convert", "export", source, target, "--hf", good(row))
-    refused(tmp_path, *args, says=r"cannot load \S+/megatron as this model: .*out_norm\.gamma")
+    refused(tmp_path, *args, says=r"cannot load \S+/iter_0000000 as this model: .*out_norm\.gamma")
 
 
 def test_what_training_keeps_beside_the_weights_is_left_alone(good, tmp_path):

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 import toy_models
 from bridges import AutoBridge, CheckpointError, Layout
 from bridges.checkpoints.companions import companions, travels
+from bridges.checkpoints.comparison import same_bytes
+from bridges.checkpoints.reader import Checkpoint
 from harness import cli, convert, sweep
 from harness.ranks import jobs
 from harness.ranks.pool import RankError
@@ -252,3 +254,51 @@ def _train_and_export(source: str, out: list[str]) -> str:
     bridge.save_hf_pretrained(chunks, out[1], dtype=torch.float32)
     bridge.save_hf_pretrained(chunks, out[2], lossy=True)
     return str(error.value)
+
+
+# -- Megatron folders --------------------------------------------------------------------------------------------------------
+
+
+def test_fault_C3_D11_a_megatron_folder_knows_its_model(model, checkpoints, tmp_path):
+    """It goes home without the source, named by its parent or itself, and is not taken for another model's."""
+    (model / "LICENSE").write_text("free")
+    megatron = tmp_path / "megatron"
+    convert.import_checkpoint(model, megatron, "tp2", None)
+    assert (megatron / "latest_checkpointed_iteration.txt").read_text().strip() == "0"
+    assert (megatron / "iter_0000000" / "metadata.json").is_file()
+    with pytest.raises(CheckpointError, match=r"another model.*bridge 'LlamaBridge' and 'MistralBridge'"):
+        convert.export_checkpoint(megatron, tmp_path / "x", checkpoints("mistral"), "tp1", None)
+    shutil.move(model, tmp_path / "source")
+    for n, folder in enumerate((megatron, megatron / "iter_0000000")):
+        out = tmp_path / f"out{n}"
+        convert.export_checkpoint(folder, out, None, "pp2", None)
+        with Checkpoint.open(tmp_path / "source") as a, Checkpoint.open(out) as b:
+            assert same_bytes(a, b) == []
+        assert {p.name for p in out.iterdir()} == {"LICENSE", "config.json", "model.safetensors"}
+        assert json.loads((out / "config.json").read_text()) == json.loads(
+            (tmp_path / "source" / "config.json").read_text()
+        )
+    alone = shutil.copytree(megatron / "iter_0000000", tmp_path / "alone")
+    with pytest.raises(CheckpointError, match=r"does not say which model it is of.*--hf"):
+        convert.export_checkpoint(alone, tmp_path / "y", None, "tp1", None)
+
+
+def test_fault_D11_megatron_finds_what_it_resumes_from(model, tmp_path):
+    """Arguments, version and iteration, loaded by Megatron's own function, which unpickles plain values only."""
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    convert.import_checkpoint(model, tmp_path / "megatron", "tp1", None)
+    state = load_common_state_dict(tmp_path / "megatron" / "iter_0000000")
+    assert (state["iteration"], state["checkpoint_version"]) == (0, 3.0)
+    assert (state["args"].num_layers, state["args"].hidden_size, state["args"].padded_vocab_size) == (8, 64, 131)
+
+
+def test_fault_C2_an_fp32_megatron_checkpoint_is_not_narrowed(checkpoints, tmp_path):
+    """By no reference's dtype: refused, or written wide."""
+    source = toy_models.write("llama3", tmp_path / "bf16", shards=1, dtype=torch.bfloat16)
+    convert.import_checkpoint(checkpoints("llama3"), tmp_path / "megatron", "tp1", None)
+    with pytest.raises(RankError, match=r"float32 in Megatron and bfloat16 in the checkpoint.*--dtype float32"):
+        convert.export_checkpoint(tmp_path / "megatron", tmp_path / "out", source, "tp1", None)
+    convert.export_checkpoint(tmp_path / "megatron", tmp_path / "wide", source, "tp1", None, dtype="float32")
+    with Checkpoint.open(checkpoints("llama3")) as a, Checkpoint.open(tmp_path / "wide") as b:
+        assert same_bytes(a, b) == []

@@ -19,6 +19,11 @@ LEFT_BEHIND = (
     *(f"*.{kind}" for kind in ("bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5", "msgpack", "onnx", "onnx_data", "ot")),
     *(f"*.{kind}" for kind in ("npz", "npy", "pkl", "pickle", "nemo", "distcp", "tflite", "mlmodel", "pdparams")),
     *("*.bin.index.json", "consolidated*.safetensors", "*/*.safetensors", "*/*.safetensors.index.json"),
+    *(
+        "iter_*/*",
+        "latest_checkpointed_iteration.txt",
+        "goldengate_outline.json",
+    ),  # Megatron's, see checkpoints.megatron
     *("checkpoint-*/*", "global_step*/*", "trainer_state.json", "*tfevents*"),
     *(".*", "*/.*", "__pycache__/*", "*/__pycache__/*"),
 )

@@ -95,7 +95,7 @@ class Checkpoint:
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder: give one with {CONFIG_FILE} and safetensors")
-        config = _read_json_object(folder / CONFIG_FILE)
+        config = read_json_object(folder / CONFIG_FILE)
         weight_map = _read_weight_map(folder)
         tensors, files, metadata, maps = {}, {}, {}, {}
         for file in [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values())):
@@ -160,7 +160,7 @@ def tensor_over(memory: mmap.mmap, info: TensorInfo) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=info.dtype, count=count, offset=info.offset).view(info.shape)
 
 
-def _read_json_object(path: Path) -> dict:
+def read_json_object(path: Path) -> dict:
     try:
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -180,7 +180,7 @@ def _read_weight_map(folder: Path) -> dict[str, str] | None:
             return None
         stray = next((f", only {file.name}" for file in sorted(folder.glob("*.safetensors"))), "")
         raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{stray}: fetch it")
-    weight_map = _read_json_object(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
     files = sorted(set(weight_map.values()))
