@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -317,7 +316,7 @@ def _experts_of(draw: st.DrawFn, config: dict) -> int | None:
 def family_configs(draw: st.DrawFn, row: str) -> tuple[dict, Layout]:
     """(a toy row's file with other dims, groups, experts, layers, tied or untied, with or without heads of multi-token
     prediction; a layout that fits it)."""
-    config = copy.deepcopy(toy_models.builder._read(row))
+    config = toy_models.row_file(row)
     _layers(draw, config)
     _heads(draw, config)
     experts = _experts_of(draw, config)

@@ -312,9 +312,7 @@ def test_any_model_of_a_family_in_any_layout(family, data, ranks, tmp_path_facto
     """A valid config of the family with other dims, groups, experts, layers and heads of MTP: its checkpoint comes home from
     any layout, each element written once. The names and shapes are those of the model that Megatron builds."""
     config, layout = data.draw(family_configs(family))
-    with pytest.MonkeyPatch.context() as patch:
-        read = toy_models.builder._read
-        patch.setattr(toy_models.builder, "_read", lambda row: config if row == "drawn" else read(row))
+    with toy_models.guests({"drawn": {key: value for key, value in config.items() if key != "_base"}}):
         folder = toy_models.write("drawn", tmp_path_factory.mktemp("drawn"), shards=1)
     ranks.use_for(Layout())
     [held] = ranks.run(1, built_on_one_rank, str(folder))
