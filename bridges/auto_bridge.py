@@ -29,6 +29,7 @@ from bridges.hf_pretrained import PreTrainedCausalLM
 from bridges.layout import Coords
 from bridges.model_bridge import ConfigError, MegatronModelBridge
 from bridges.providers.provider import GPTModelProvider
+from bridges.source_checks import check_rotary, check_vocabulary, rotary_tensors
 
 
 class AutoBridge:
@@ -137,12 +138,14 @@ class AutoBridge:
     def _tasks(self, model, source: Checkpoint) -> list[ConversionTask]:
         chunks: Sequence = model if isinstance(model, list | tuple) else [model]
         registry, config = self.mapping_registry(source), _config(chunks)
+        check_vocabulary(registry, source, config.vocab_size)
         repeated = self.repeated_tensors(source, config, registry)
         return build_tasks(chunks, registry, self.mapped_shapes(source), config, repeated)
 
     def ignored_tensors(self, source: Checkpoint) -> set[str]:
-        """Those of the checkpoint that its bridge names in IGNORED_TENSORS: imports leave them, exports copy them."""
-        return set(matching(self._model_bridge.IGNORED_TENSORS, source.tensors))
+        """The tensors that no parameter is made of, which an export copies: those that the bridge names in IGNORED_TENSORS,
+        and rope frequencies, which an import compares with the config's."""
+        return {*matching(self._model_bridge.IGNORED_TENSORS, source.tensors), *rotary_tensors(source.tensors)}
 
     def mapped_shapes(self, source: Checkpoint) -> dict[str, Shape]:
         """{tensor: shape} of all others."""
@@ -165,6 +168,7 @@ class AutoBridge:
         Raises MappingError, PlanError or CheckpointError for the first tensor that is missing, left over, or unfit.
         """
         source, tasks, _ = self._plan(model, hf_path)
+        check_rotary(source, _config(model), self.hf_pretrained.config)
         import_weights(tasks, source, lossy=lossy, progress=progress)
 
     def _plan(self, model, hf_path: str | os.PathLike | None) -> tuple[Checkpoint, list[ConversionTask], Coords]:

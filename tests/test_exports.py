@@ -302,3 +302,43 @@ def test_fault_C2_an_fp32_megatron_checkpoint_is_not_narrowed(checkpoints, tmp_p
     convert.export_checkpoint(tmp_path / "megatron", tmp_path / "wide", source, "tp1", None, dtype="float32")
     with Checkpoint.open(checkpoints("llama3")) as a, Checkpoint.open(tmp_path / "wide") as b:
         assert same_bytes(a, b) == []
+
+
+# -- what a source holds beside weights ---------------------------------------------------------------------------------------
+
+
+def add(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    save_file({**load_file(folder / "model.safetensors"), **tensors}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def frequencies(theta: float, dim: int) -> torch.Tensor:
+    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("row", "theta", "dim"), [("llama3", 500000.0, 16), ("moonlight", None, None)])
+def test_fault_D4_stored_rope_frequencies_are_checked_and_carried(checkpoints, tmp_path, row, theta, dim, dtype):
+    """Every layer's, through Megatron's own checkpoint as well; those of another theta are refused."""
+    folder = Path(shutil.copytree(checkpoints(row), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    theta, dim = theta or config["rope_theta"], dim or config["qk_rope_head_dim"]
+    stored = frequencies(theta, dim).to(dtype)
+    names = [f"model.layers.{n}.self_attn.rotary_emb.inv_freq" for n in range(2)]
+    add(folder, {name: stored.clone() for name in names})
+    assert convert.roundtrip(folder, "tp1", None, None)["differences"] == []
+    convert.import_checkpoint(folder, tmp_path / "megatron", "tp1", None)
+    convert.export_checkpoint(tmp_path / "megatron", tmp_path / "out", None, "tp1", None)
+    with Checkpoint.open(folder) as a, Checkpoint.open(tmp_path / "out") as b:
+        assert same_bytes(a, b) == []
+    add(folder, {names[1]: frequencies(theta * 1.1, dim).to(dtype)})
+    with pytest.raises(RankError, match=r"layers\.1\.self_attn\.rotary_emb\.inv_freq holds \d+ rope frequencies"):
+        convert.roundtrip(folder, "tp1", None, None)
+
+
+@pytest.mark.parametrize("size", [140, 120])
+def test_fault_D12_a_vocabulary_of_another_size_is_said(model, size):
+    """Both tensors, their rows, and the way out."""
+    says = rf"vocab_size is {size}, but model\.embed_tokens\.weight has 131 rows and lm_head\.weight has 131 rows: set"
+    with pytest.raises(RankError, match=says):
+        convert.roundtrip(edit(model, vocab_size=size, bos_token_id=1, eos_token_id=2), "tp2", None, None)
