@@ -25,6 +25,7 @@ from bridges.conversion.mapping import MegatronMappingRegistry
 from bridges.conversion.plan import PlanError, Shape
 from bridges.conversion.tasks import ConversionTask, build_tasks, current_layout, matching, repeated_tensors, unwrap
 from bridges.conversion.transfer import Progress, export_weights, import_weights, written
+from bridges.derived_source import derived_source
 from bridges.hf_pretrained import PreTrainedCausalLM
 from bridges.layout import Coords
 from bridges.model_bridge import ConfigError, MegatronModelBridge
@@ -126,17 +127,31 @@ class AutoBridge:
             dtype=dtype,
         )
 
+    def _config_alone(self, provider: GPTModelProvider, dtype: torch.dtype) -> dict[str, Any]:
+        """config.json of a model made from a config object: the object's own fields, with those that changed patched."""
+        family, config = type(self._model_bridge), self.hf_pretrained.config
+        before = family.megatron_to_hf_config(self._model_bridge.provider_bridge(self.hf_pretrained))
+        after = family.megatron_to_hf_config(provider)
+        raw = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
+        raw["architectures"] = raw.get("architectures") or before.get("architectures")
+        return patched(raw, before, after, rules=family._rules(), attribute_map=config.attribute_map, dtype=dtype)
+
     # -- weights -----------------------------------------------------------------------------------------------------
 
     def get_conversion_tasks(self, model, hf_path: str | os.PathLike | None = None) -> list[ConversionTask]:
         """This rank's parameters with their mappings and copies, in model order."""
-        return self._tasks(model, self._source(hf_path))
+        return self._tasks(model, self._source(hf_path, model))
 
-    def _source(self, hf_path: str | os.PathLike | None) -> Checkpoint:
-        return open_source(hf_path) if hf_path is not None else self.hf_pretrained.checkpoint
+    def _source(self, hf_path: str | os.PathLike | None, model: Any = None) -> Checkpoint:
+        """The checkpoint that names and shapes are of; with a `model` and without any, the one that it would make."""
+        if hf_path is not None:
+            return open_source(hf_path)
+        if self.hf_pretrained.path is None and model is not None:
+            return derived_source(_chunks(model), self.mapping_registry(), _config(model))
+        return self.hf_pretrained.checkpoint
 
     def _tasks(self, model, source: Checkpoint) -> list[ConversionTask]:
-        chunks: Sequence = model if isinstance(model, list | tuple) else [model]
+        chunks = _chunks(model)
         registry, config = self.mapping_registry(source), _config(chunks)
         check_vocabulary(registry, source, config.vocab_size)
         repeated = self.repeated_tensors(source, config, registry)
@@ -167,13 +182,12 @@ class AutoBridge:
 
         Raises MappingError, PlanError or CheckpointError for the first tensor that is missing, left over, or unfit.
         """
-        source, tasks, _ = self._plan(model, hf_path)
+        source, tasks, _ = self._plan(model, self._source(hf_path))
         check_rotary(source, _config(model), self.hf_pretrained.config)
         import_weights(tasks, source, lossy=lossy, progress=progress)
 
-    def _plan(self, model, hf_path: str | os.PathLike | None) -> tuple[Checkpoint, list[ConversionTask], Coords]:
+    def _plan(self, model, source: Checkpoint) -> tuple[Checkpoint, list[ConversionTask], Coords]:
         """What an import or export goes by, after the ranks have agreed that no tensor is left over."""
-        source = self._source(hf_path)
         tasks = self._tasks(model, source)
         _, coords = current_layout(_config(model))
         used = set().union(*of_all_ranks(written(tasks, coords)))  # each tensor has a writer; replicas stay silent
@@ -192,7 +206,7 @@ class AutoBridge:
 
         Raises PlanError when values would be narrowed to the checkpoint's dtypes, unless `lossy`.
         """
-        source, tasks, coords = self._plan(model, hf_path)
+        source, tasks, coords = self._plan(model, self._source(hf_path, model))
         yield from live_export(tasks, coords, source, self.ignored_tensors(source), cpu=cpu, lossy=lossy)
 
     def save_hf_pretrained(
@@ -212,7 +226,7 @@ class AutoBridge:
         CheckpointError for a folder that is not empty or a disk that is too small, leaving nothing behind;
         PlanError, naming all tensors, when values would be narrowed and it is not `lossy`.
         """
-        source, tasks, coords = self._plan(model, hf_path)
+        source, tasks, coords = self._plan(model, self._source(hf_path, model))
         extra = self._extra_files(_config(model), source, dtype)
         writer = CheckpointWriter(
             path,
@@ -245,12 +259,19 @@ class AutoBridge:
     def _extra_files(
         self, provider: GPTModelProvider, source: Checkpoint, dtype: torch.dtype | None
     ) -> dict[str, str | bytes | Path]:
+        if self.hf_pretrained.raw is None and not source.path.is_dir():
+            config = self._config_alone(provider, dtype or provider.params_dtype)
+            return {CONFIG_FILE: json.dumps(config, indent=2) + "\n"}
         config = self.megatron_to_hf_config(provider, dtype=dtype)
         return {**companions(source.path), CONFIG_FILE: json.dumps(config, indent=2) + "\n"}
 
 
 def _stored(source: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and source.is_floating_point else source
+
+
+def _chunks(model: Any) -> Sequence:
+    return model if isinstance(model, list | tuple) else [model]
 
 
 def _config(model) -> Any:

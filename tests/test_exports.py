@@ -17,6 +17,7 @@ from bridges import AutoBridge, CheckpointError, Layout
 from bridges.checkpoints.companions import companions, travels
 from bridges.checkpoints.comparison import same_bytes
 from bridges.checkpoints.reader import Checkpoint
+from bridges.derived_source import outline_of
 from harness import cli, convert, sweep
 from harness.ranks import jobs
 from harness.ranks.pool import RankError
@@ -342,3 +343,39 @@ def test_fault_D12_a_vocabulary_of_another_size_is_said(model, size):
     says = rf"vocab_size is {size}, but model\.embed_tokens\.weight has 131 rows and lm_head\.weight has 131 rows: set"
     with pytest.raises(RankError, match=says):
         convert.roundtrip(edit(model, vocab_size=size, bos_token_id=1, eos_token_id=2), "tp2", None, None)
+
+
+# -- without a source -------------------------------------------------------------------------------------------------------
+
+
+def _export_without_source(source: str, out: str, layout: str) -> None:
+    jobs.use_layout(Layout.parse(layout))
+    loader = AutoBridge.from_hf_pretrained(source)
+    bridge = AutoBridge.from_hf_config(loader.hf_pretrained.config)
+    provider = bridge.to_megatron_provider().apply_layout(layout).finalize()
+    chunks = provider.provide_distributed_model(wrap_with_ddp=False)
+    loader.load_hf_weights(chunks)
+    with pytest.raises(CheckpointError, match="made from a config alone"):
+        bridge.load_hf_weights(chunks)
+    bridge.save_hf_pretrained(chunks, out)
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"), [("llama3", "tp2"), ("llama3.2_tied", "pp2"), ("qwen3_moe", "tp1-ep2"), ("moonlight", "tp2")]
+)
+def test_a_model_from_a_config_alone_is_exported_without_a_source(checkpoints, tmp_path, ranks, row, layout):
+    """Names, shapes, dtypes and bits are those of the published checkpoint, whose weights it was given by hand."""
+    ranks.run(2, _export_without_source, str(checkpoints(row)), str(tmp_path / "out"), layout)
+    wanted, found = (load_file(folder / "model.safetensors") for folder in (checkpoints(row), tmp_path / "out"))
+    assert sorted(wanted) == sorted(found)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    first, second = (AutoBridge.from_hf_pretrained(folder) for folder in (checkpoints(row), tmp_path / "out"))
+    assert convert._built(first) == convert._built(second)
+
+
+def test_files_without_a_source_are_limited():
+    """A larger tensor has a file of its own."""
+    tensors = {name: (torch.bfloat16, (size,)) for name, size in (("a", 10), ("b", 30), ("c", 5), ("d", 4))}
+    made = outline_of(tensors, limit=40)
+    assert [names for names in made.files.values()] == [["a"], ["b"], ["c", "d"]]
+    assert next(iter(made.files)) == "model-00001-of-00003.safetensors"
