@@ -45,7 +45,7 @@ class ExactCopies:
         kinds = values.dtype, narrow.dtype
         if self.lossy or torch.promote_types(*kinds) == narrow.dtype or name in self.lost.get(kinds, ()):
             return
-        back = narrow.to(values.dtype)
+        back = narrow.to(device=values.device, dtype=values.dtype)
         if not bool(((back == values) | values.isnan()).all()):
             self.lost.setdefault(kinds, []).append(name)
 
