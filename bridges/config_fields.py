@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from bridges.config_reads import ConfigError, Reads, reads
+from bridges.config_reads import ConfigError, Reads, Seen, reads
 
 # Read by transformers' machinery or in training only; no value of theirs changes the logits (a test changes them all).
 MACHINERY = frozenset(
@@ -101,16 +101,22 @@ def unread(
 
 def _reaches(name: str, config: PreTrainedConfig, raw: Mapping[str, Any], seen: Reads) -> bool:
     """Does the config's own __init__ make a field that is read out of this one?"""
-    before = config.to_dict()
+    before = _read_part(config, seen)
     others = [{key: value for key, value in raw.items() if key != name}, {**raw, name: another(raw[name])}]
     for other in others:
         try:
-            after = type(config).from_dict(copy.deepcopy(other)).to_dict()  # transformers writes into nested dicts
+            after = type(config).from_dict(copy.deepcopy(other))  # transformers writes into nested dicts
         except Exception:  # the config looks at the field
             return True
-        if any(before.get(field) != after.get(field) for field in {*before, *after} if field in seen):
+        if _read_part(after, seen) != before:
             return True
     return False
+
+
+def _read_part(config: PreTrainedConfig, seen: Reads) -> dict[str, Any]:
+    """The fields that are read, with the keys of dicts that are."""
+    view = Seen(config, seen)
+    return {name: getattr(view, name) for name in config.to_dict() if name in seen}
 
 
 def another(value: Any) -> Any:

@@ -241,7 +241,8 @@ def test_fault_D9_permission_is_not_asked_for_what_has_no_bridge(tmp_path):
         ("NemotronHForCausalLM", None),
         ("GptOssForCausalLM", None),
         ("DeepseekV32ForCausalLM", None),
-        ("Gemma2ForCausalLM", None),
+        ("Gwen2ForCausalLM", "Qwen2ForCausalLM"),
+        ("Qwen9ForCausalLM", None),
     ],
 )
 def test_fault_F_only_near_misses_are_suggested(name, near):

@@ -36,6 +36,7 @@ def check_config(bench: Bench) -> Outcome:
     before, after = (toy_models.hf_config(subject.row, config) for config in (original, regenerated))
     before.architectures = after.architectures = [type(subject.reference).__name__]
     wrong, count = _differences(before, after)
+    wrong += _unsayable(original, regenerated, before, after)
     if reads(auto.hf_pretrained.config) is None:
         wrong += _published_differences(original, regenerated, auto._model_bridge.HF_INERT)
     model = type(subject.reference)._from_config(after, attn_implementation="eager")
@@ -71,6 +72,19 @@ def _differences(before: PreTrainedConfig, after: PreTrainedConfig) -> tuple[lis
         for name in fields
         if value(before, name) != value(after, name)
     ], len(fields)
+
+
+def _unsayable(original: dict, regenerated: dict, before: PreTrainedConfig, after: PreTrainedConfig) -> list[str]:
+    """Fields of the regenerated config that say something new where nobody reads it: no config says what the provider
+    is."""
+    reader, names = config_fields.unread(after, regenerated)
+    same, seen = {**before.to_dict(), **original}, reads(after)
+    nested = {name.rpartition(".")[2] for name in seen.names if "." in name} if seen else set()
+    return [
+        f"{name}: {regenerated[name]!r} is not read by {reader}, so that its config cannot say it"
+        for name in names
+        if name not in nested and regenerated[name] is not False and regenerated[name] != same.get(name)
+    ]
 
 
 def _published_differences(original: dict, regenerated: dict, inert: frozenset[str]) -> list[str]:
