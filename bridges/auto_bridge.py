@@ -23,8 +23,9 @@ from bridges.conversion.exact import exporting
 from bridges.conversion.live import live_export
 from bridges.conversion.mapping import MegatronMappingRegistry
 from bridges.conversion.plan import PlanError, Shape
-from bridges.conversion.tasks import ConversionTask, build_tasks, current_layout, matching, repeated_tensors, unwrap
+from bridges.conversion.tasks import ConversionTask, build_tasks, current_layout, matching, repeated_tensors
 from bridges.conversion.transfer import Progress, export_weights, import_weights, written
+from bridges.conversion.walk import unwrap
 from bridges.derived_source import derived_source
 from bridges.hf_pretrained import PreTrainedCausalLM
 from bridges.layout import Coords
@@ -171,8 +172,7 @@ class AutoBridge:
         self, source: Checkpoint, provider: GPTModelProvider, registry: MegatronMappingRegistry
     ) -> dict[str, str]:
         """{tensor of the checkpoint: the one of which it is a second copy}."""
-        tied = provider.share_embeddings_and_output_weights
-        return repeated_tensors(self._model_bridge.REPEATED_TENSORS, registry, source.tensors, tied=tied)
+        return repeated_tensors(self._model_bridge.REPEATED_TENSORS, registry, source.tensors, provider)
 
     def load_hf_weights(
         self, model, hf_path: str | os.PathLike | None = None, *, lossy: bool = False, progress: Progress | None = None

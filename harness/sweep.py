@@ -21,6 +21,7 @@ from harness import layouts, workers
 from harness.checks.outcome import NotApplicable, Outcome
 from harness.checks.subject import Bench, Subject
 from harness.checks.table import CHECKS, FUNCTIONS
+from harness.mechanisms import mechanisms, provider_of
 from harness.quiet import quiet
 from harness.ranks import jobs
 from harness.ranks.pool import RankError, Ranks
@@ -69,7 +70,7 @@ def verify_rows(
             "with a GPU ranks are new processes, which know registered bridges alone: register the bridge, or hide the "
             "GPUs (CUDA_VISIBLE_DEVICES=) and try it out on the CPU"
         )
-    chosen = {row: layouts_of(row, which) for row in rows}
+    chosen = {row: layouts_of(row, which, bridge) for row in rows}
     order = list(dict.fromkeys(layout for found in chosen.values() for layout in found))
     order.sort(key=lambda layout: (layout.world_size, layout.pp, layout.ep))
     quiet()
@@ -88,7 +89,7 @@ def verify_rows(
     finally:
         torch.set_num_threads(threads)
     return Report(
-        rows=[describe(row, chosen[row]) for row in rows],
+        rows=[describe(row, chosen[row], bridge) for row in rows],
         cells=cells,
         environment=environment(),
         seconds=time.perf_counter() - begin,
@@ -195,39 +196,14 @@ def run_cells(bench: Bench, checks: Sequence[str]) -> list[Cell]:
     return cells
 
 
-def layouts_of(row: str, which: str | Sequence[str]) -> list[Layout]:
-    """`quick`, `full`, `gpu` or layouts by name, for a row."""
+def layouts_of(row: str, which: str | Sequence[str], bridge: type[MegatronModelBridge] | None = None) -> list[Layout]:
+    """Return `quick`, `full`, `gpu` or layouts by name, for what the row's provider has."""
     names = which if isinstance(which, str) else list(which)
-    return layouts.choose(names, experts=has_experts(row), heads=toy_models.mtp_spec(row) is not None)
+    provider = provider_of(row, bridge)
+    return layouts.choose(names, experts=bool(provider.num_moe_experts), heads=bool(provider.mtp_num_layers))
 
 
-def has_experts(row: str) -> bool:
-    config = toy_models.config_dict(row)
-    return any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
-
-
-def mechanisms(row: str) -> list[str]:
-    """What a row exercises, read from its config."""
-    c = toy_models.config_dict(row)
-    scaling = c.get("rope_scaling") or {}
-    tests = {
-        "MoE": has_experts(row),
-        "shared expert": c.get("shared_expert_intermediate_size") or c.get("n_shared_experts"),
-        "MLA": c.get("kv_lora_rank"),
-        "GDN": c.get("linear_num_key_heads"),
-        "gated attention": c.get("attn_output_gate") or c.get("model_type") == "qwen3_next",
-        "sigmoid router": c.get("scoring_func") == "sigmoid",
-        "square experts": row.endswith("-square"),
-        "tied": c.get("tie_word_embeddings"),
-        "sliding window": c.get("sliding_window") and c.get("use_sliding_window", True),
-        f"rope {scaling.get('rope_type')}": scaling.get("rope_type", "default") != "default",
-        "layers without rope": c.get("no_rope_layers"),
-        "fused on disk": c.get("model_type") in ("phi3", "qwen3_5_moe_text"),
-    }
-    return ["MoE" if has_experts(row) else "dense", *(name for name, has in tests.items() if has and name != "MoE")]
-
-
-def describe(row: str, chosen: Sequence[Layout]) -> dict:
+def describe(row: str, chosen: Sequence[Layout], bridge: type[MegatronModelBridge] | None = None) -> dict:
     config = toy_models.config_dict(row)
     published, native = config["architectures"][0], toy_models.reference_class(row)
     alias = "" if native == published else f" for {published}, which transformers does not have"
@@ -235,7 +211,7 @@ def describe(row: str, chosen: Sequence[Layout]) -> dict:
         "row": row,
         "model_type": config["model_type"],
         "architecture": config["architectures"][0],
-        "mechanisms": mechanisms(row),
+        "mechanisms": mechanisms(provider_of(row, bridge)),
         "reference": f"transformers {native}, fp32, eager{alias}",
         "layouts": [str(layout) for layout in chosen],
     }

@@ -22,8 +22,8 @@ from bridges.layout import Coords
 from bridges.providers.core_attention import zigzag_positions
 from bridges.providers.groups import ensure_process_groups
 from harness.layouts import DENSE_AXES, EXPERT_AXES, MAX_RANKS, choose, covering
+from harness.mechanisms import provider_of
 from harness.ranks import jobs
-from harness.sweep import has_experts
 from tests.strategies import layouts
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def test_layers_and_experts_are_where_megatron_builds_them(row, text, folders, ranks):
     """chunk_layers and experts against the global names in the model that Megatron built on every rank."""
     layout = Layout.parse(text)
-    count = 8 if has_experts(row) else 0
+    count = 8 if bool(provider_of(row).num_moe_experts) else 0
     ranks.use_for(layout)
     built = ranks.run(layout.world_size, jobs.build, str(folders[row]), layout)
     chunks = layout.chunk_layers(8)
@@ -318,7 +318,7 @@ def test_quick_has_at_least_six_layouts(experts):
 def test_every_row_fits_into_at_least_six_quick_layouts(row):
     """A skip says nothing: at least six of the layouts divide the row's model."""
     fit = 0
-    for layout in choose("quick", experts=has_experts(row)):
+    for layout in choose("quick", experts=bool(provider_of(row).num_moe_experts)):
         with contextlib.suppress(LayoutError):
             config = load_config(toy_models.config_dict(row), Path(row), trusted=False)
             provider = AutoBridge.from_hf_config(config).to_megatron_provider()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bridges import Layout
 from bridges.conversion import exact, live, plan, tasks, transfer
+from bridges.conversion.walk import Walk
 from tests.test_properties import (
     a_live_export_is_the_source,
     every_element_is_imported_and_exported_once,
@@ -57,14 +58,19 @@ CHANGES = [
     Change(plan._boxes, "for b in bound[:p])", "for b in bound[:0])", ONCE),
     Change(plan._rows, "begin, end, 0, size", "begin, begin + 1, 0, size", ONCE),
     Change(tasks.build_tasks, "[] if alias else repeats", "[]", ONCE),
-    Change(tasks.build_tasks, "(tied and name == OUTPUT) or ", "", second_copies_are_imported_and_never_exported),
+    Change(
+        tasks.build_tasks,
+        "(tied and name == walk.output_weight) or ",
+        "",
+        second_copies_are_imported_and_never_exported,
+    ),
     Change(
         tasks.global_tensors,
         "parallel_state.get_expert_model_parallel_rank() *",
         "0 *",
         every_layer_and_expert_has_one_name,
     ),
-    Change(tasks.global_tensors, "layer.layer_number - 1", "i", every_layer_and_expert_has_one_name),
+    Change(Walk.layers, "self.number(layer)", "i", every_layer_and_expert_has_one_name),
     Change(Layout.experts, "range(ep_rank * local", "range(0 * local", ONCE, "experts"),
     Change(Layout.coords, "inner // etp % self.ep", "inner // self.tp % self.ep", ONCE, "experts"),
 ]

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 from bridges.conversion.mapping import REPLICATED, ParamMapping, Resolved
 from bridges.conversion.views import Axis, Box, Pair, ViewError, bind, parse, slice_flat
+from bridges.conversion.walk import walk_of
 from bridges.errors import GoldengateError, nearest_names
 from bridges.layout import Coords, Layout
 
@@ -173,6 +174,13 @@ def _symbols(view: str) -> frozenset[str]:
     )
 
 
-def symbol_sizes(mapping: ParamMapping, provider) -> dict[str, int]:
-    """The mapping's symbols as numbers, read from the provider's attributes."""
-    return {s: v if isinstance(v, int) else getattr(provider, v) for s, v in mapping.sizes.items()}
+def symbol_sizes(mapping: ParamMapping, provider, name: str) -> dict[str, int]:
+    """Return the mapping's symbols as numbers for the parameter `name`: attributes of the provider, or of its layer where
+    the provider has layers of different sizes (`size_in_layer(attribute, layer)`)."""
+    layer = walk_of(provider).layer_of(name)
+    in_layer = getattr(provider, "size_in_layer", None)
+
+    def size(attribute: str) -> int:
+        return getattr(provider, attribute) if in_layer is None or layer is None else in_layer(attribute, layer)
+
+    return {symbol: v if isinstance(v, int) else size(v) for symbol, v in mapping.sizes.items()}

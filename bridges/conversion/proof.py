@@ -223,7 +223,7 @@ class _Planner:
                 if self._missing > 3:  # the search for a near name takes its time
                     raise PlanError(f"{hf} is missing: Megatron's {name} is made of it")
         size = shard_of(mapping, self.layout, self.layout.coords(0)).size
-        symbols = symbol_sizes(mapping, self.provider)
+        symbols = symbol_sizes(mapping, self.provider, name)
         key = (
             tuple((p.view, p.index, names.index(p.hf), self.hf_shapes.get(p.hf)) for p in parts),
             (shape, size, mapping.padded, mapping.side_by_side, mapping.padded and is_vocabulary(name)),

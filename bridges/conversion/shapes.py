@@ -23,7 +23,7 @@ def tensors_of(
     if mapping.side_by_side:
         local = (local[0] * len(parts), local[1] // len(parts))
     views = [parse(part.view) for part in parts if part.view]
-    sizes: dict[str, int] = {**symbol_sizes(mapping, provider), "t": size}
+    sizes: dict[str, int] = {**symbol_sizes(mapping, provider, name), "t": size}
     for view in views:
         if len(view.rest) == len(local) - 1:
             sizes = {**dict(zip(view.rest, local[1:], strict=True)), **sizes}

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from bridges.conversion.mapping import EMBEDDING, OUTPUT, MappingError, MegatronMappingRegistry, ParamMapping
+from bridges.conversion.mapping import MappingError, MegatronMappingRegistry, ParamMapping
 from bridges.conversion.plan import Copy, Shape, copies, shard_of, symbol_sizes
+from bridges.conversion.walk import unwrap, walk_of
 from bridges.layout import Coords, Layout
 
 
@@ -63,13 +64,8 @@ def current_layout(provider) -> tuple[Layout, Coords]:
     return layout, coords
 
 
+_LAYER = re.compile(r"(.+?\.\d+)\.(.+)")
 _EXPERT = re.compile(r"(.*\.experts\..*?(?:weight|bias))(\d+)$")
-
-
-def unwrap(chunk: Any) -> Any:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
 
 
 def global_tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -80,26 +76,18 @@ def global_tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, tor
     """
     for wrapped in chunks:
         chunk = unwrap(wrapped)
-        layers = {i: layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
-        for name, tensor in chunk.state_dict(keep_vars=True).items():
-            if not torch.is_tensor(tensor) or name.endswith("_extra_state"):
+        placed = {layer.path: layer.name for layer in walk_of(chunk.config).layers(chunk)}
+        for local, tensor in chunk.state_dict(keep_vars=True).items():
+            if not torch.is_tensor(tensor) or local.endswith("_extra_state"):
                 continue
-            if match := re.match(r"decoder\.layers\.(\d+)\.", name):
-                name = f"decoder.layers.{layers[int(match[1])]}.{name[match.end() :]}"
+            name = local
+            if (match := _LAYER.match(local)) and match[1] in placed:
+                name = f"{placed[match[1]]}.{match[2]}"
             if match := _EXPERT.match(name):
-                module = chunk.get_submodule(_local_module(name, layers))
+                module = chunk.get_submodule(local.rpartition(".")[0])
                 offset = parallel_state.get_expert_model_parallel_rank() * module.num_gemms
                 name = f"{match[1]}{int(match[2]) + offset}"
             yield name, tensor
-
-
-def _local_module(global_name: str, layers: dict[int, int]) -> str:
-    """The local name of the module that holds a globally named parameter."""
-    module = global_name.rpartition(".")[0]
-    if match := re.match(r"decoder\.layers\.(\d+)\.", module):
-        local = next(i for i, g in layers.items() if g == int(match[1]))
-        module = f"decoder.layers.{local}.{module[match.end() :]}"
-    return module
 
 
 def build_tasks(
@@ -112,16 +100,17 @@ def build_tasks(
     layout, coords = current_layout(provider)
     tied = provider.share_embeddings_and_output_weights
     tasks = []
+    walk = walk_of(provider)
     for name, tensor in global_tensors(chunks):
-        second_embedding = name == EMBEDDING and coords.pp > 0
-        alias = EMBEDDING if (tied and name == OUTPUT) or second_embedding else None
+        second_embedding = name == walk.embedding_weight and coords.pp > 0
+        alias = walk.embedding_weight if (tied and name == walk.output_weight) or second_embedding else None
         mapping, parts = registry.megatron_to_hf_lookup(alias or name)
         plan = copies(
             name,
             mapping,
             parts,
             hf_shapes,
-            symbol_sizes(mapping, provider),
+            symbol_sizes(mapping, provider, name),
             shard_of(mapping, layout, coords),
             tuple(tensor.shape),
         )
@@ -131,14 +120,17 @@ def build_tasks(
 
 
 def repeated_tensors(
-    declared: dict[str, str], registry: MegatronMappingRegistry, hf_shapes: Iterable[str], *, tied: bool
+    declared: dict[str, str], registry: MegatronMappingRegistry, hf_shapes: Iterable[str], provider: Any
 ) -> dict[str, str]:
     """{tensor of the checkpoint: the one that it repeats}: those that a family declares (patterns with *), and the head of
     a tied model that is on disk all the same."""
     found = {n: source for pattern, source in declared.items() for n in matching([pattern], hf_shapes)}
-    if tied:
+    if provider.share_embeddings_and_output_weights:
+        walk = walk_of(provider)
         try:
-            head, embedding = (registry.megatron_to_hf_lookup(name)[1][0].hf for name in (OUTPUT, EMBEDDING))
+            head, embedding = (
+                registry.megatron_to_hf_lookup(name)[1][0].hf for name in (walk.output_weight, walk.embedding_weight)
+            )
         except MappingError:
             return found
         found = {n: embedding if source == head else source for n, source in found.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from bridges.conversion.walk import Walk
 from bridges.layout import Layout
 from bridges.providers import routing
 from bridges.providers.groups import ensure_process_groups
@@ -46,6 +47,9 @@ class GPTModelProvider(TransformerConfig):
     seq_length: int = 2048
     share_embeddings_and_output_weights: bool = False
     position_embedding_type: str = "rope"
+    # Where the layers and what is in them stand; another model class says it otherwise.
+    walk: ClassVar[Walk] = Walk()
+
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
     rope_scaling: dict | None = None  # hub-style, without rope_theta

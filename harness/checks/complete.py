@@ -5,6 +5,7 @@ from __future__ import annotations
 from bridges import Layout
 from bridges.conversion.plan import shard_of
 from bridges.conversion.proof import Held, Parameter, local_shape, prove_ranks
+from bridges.conversion.walk import walk_of
 from harness.checks.outcome import Outcome, first_few
 from harness.checks.subject import Bench
 
@@ -56,10 +57,11 @@ def holdings(bench: Bench) -> tuple[dict[tuple[int, int], list[Held]], list[str]
 
 def unsharded(bench: Bench, registry) -> list[Parameter]:
     """The parameters of the whole model, put together from what the ranks hold."""
+    walk = walk_of(bench.subject.auto_bridge.to_megatron_provider(load_weights=False))
     whole: dict[str, tuple[int, ...]] = {}
     for built in bench.built:
         for name, shape, _ in built.parameters:
-            lookup = "embedding.word_embeddings.weight" if name == "output_layer.weight" else name
+            lookup = walk.embedding_weight if name == walk.output_weight else name
             mapping, _ = registry.megatron_to_hf_lookup(lookup)
             size = shard_of(mapping, bench.layout, built.coords).size
             dim = 1 if mapping.sharding == "row" else 0
@@ -75,22 +77,23 @@ def expected_on(rank: int, parameters, registry, provider, layout: Layout) -> di
     first, last = coords.pp == 0, coords.pp == layout.pp - 1
     tied, heads = provider.share_embeddings_and_output_weights, bool(provider.mtp_num_layers)
     experts = layout.experts(coords.ep, provider.num_moe_experts) if provider.num_moe_experts else range(0)
-    held = {}
+    walk, held = walk_of(provider), {}
     for parameter in parameters:
-        head, _, tail = parameter.name.partition(".")
-        if head == "embedding":
+        name = parameter.name.removeprefix(walk.model)
+        head, layer = name.partition(".")[0], walk.layer_of(parameter.name)
+        if name.startswith(f"{walk.embedding}."):
             here = first or (last and heads)  # the heads of multi-token prediction look tokens up themselves
-        elif head == "output_layer":
+        elif name.startswith(f"{walk.output}."):
             here = last and not (tied and (first or heads))
         elif head == "mtp":
             here = last
-        elif tail.startswith("layers."):
-            here = int(tail.split(".")[1]) in mine
+        elif layer is not None:
+            here = layer in mine
         elif heads:  # then the final norm is where the last decoder layer is
             here = provider.num_layers - 1 in mine
         else:
             here = last
-        lookup = "embedding.word_embeddings.weight" if head == "output_layer" else parameter.name
+        lookup = walk.embedding_weight if parameter.name == walk.output_weight else parameter.name
         mapping, _ = registry.megatron_to_hf_lookup(lookup)
         if here and mapping.is_expert:
             number = parameter.name[len(parameter.name.rstrip("0123456789")) :]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from bridges.conversion.walk import walk_of
 from harness.checks.outcome import Outcome, first_few
 from harness.checks.subject import Bench, Subject
 from harness.flops.counter import Counted, counting
@@ -51,15 +52,16 @@ def place_and_part(counted: Counted, layer_numbers: dict[str, int]) -> tuple[str
 
     `layer_numbers`: path of a decoder layer's module -> its number in the whole model, from 0.
     """
-    path = counted.module.partition(".")[2]
-    if path == "output_layer":
+    chunk, _, path = counted.module.partition(".")
+    walk = walk_of(jobs.current().provider)
+    if path == walk.model + walk.output:
         return "output", "logits"
     if match := re.fullmatch(r"mtp\.layers\.(\d+)\.eh_proj", path):
         return f"mtp.{match[1]}", "mtp_proj"
     if match := re.fullmatch(r"mtp\.layers\.(\d+)\.mtp_model_layer\.(.+)", path):
         place, inside = f"mtp.{match[1]}", match[2]
-    elif match := re.fullmatch(r"(decoder\.layers\.\d+)\.(.+)", path):
-        place, inside = f"layers.{layer_numbers[f'{counted.module.partition(".")[0]}.{match[1]}']}", match[2]
+    elif (match := re.fullmatch(r"(.+?\.\d+)\.(.+)", path)) and f"{chunk}.{match[1]}" in layer_numbers:
+        place, inside = f"layers.{layer_numbers[f'{chunk}.{match[1]}']}", match[2]
     else:
         raise RuntimeError(f"{counted.flops} FLOPs of {counted.op} in module {path or '(none)'!r} belong to no part")
     for pattern, part in PARTS:
@@ -78,9 +80,9 @@ def count_on_rank(input_ids: np.ndarray, cotangent: np.ndarray) -> tuple[Table, 
     """A forward and backward of the current model, counted: the table, and corrections to torch's own count by operation."""
     chunks = jobs.current().chunks
     numbers = {
-        f"{i}.decoder.layers.{at}": layer.layer_number - 1
+        f"{i}.{layer.path}": layer.number
         for i, chunk in enumerate(chunks)
-        for at, layer in enumerate(chunk.decoder.layers)
+        for layer in walk_of(chunk.config).layers(chunk)
     }
     with counting({str(i): chunk for i, chunk in enumerate(chunks)}) as counter:
         training.backward(input_ids, cotangent)

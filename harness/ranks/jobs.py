@@ -21,7 +21,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from bridges import AutoBridge, Layout
-from bridges.conversion.tasks import current_layout, global_tensors, unwrap
+from bridges.conversion.tasks import current_layout, global_tensors
+from bridges.conversion.walk import unwrap, walk_of
 from bridges.providers.core_attention import zigzag_positions
 from bridges.providers.groups import ensure_process_groups
 from bridges.providers.provider import GPTModelProvider
@@ -134,20 +135,21 @@ Recorded = tuple[Any, dict[str, np.ndarray]]
 
 def activations(input_ids: np.ndarray) -> Recorded:
     """(coordinates, {module by its place in the whole model: output [batch, local sequence, hidden]}) of this rank."""
-    modules = {}
+    walk, modules = walk_of(current().provider), {}
     for chunk in current().chunks:
-        if chunk.pre_process:
-            modules["embedding"] = chunk.embedding
-        for layer in chunk.decoder.layers:
-            for block in ("self_attention", "mlp"):
-                modules[f"layers.{layer.layer_number - 1}.{block}"] = getattr(layer, block)
+        if (embedding := walk.embedding_of(chunk)) is not None:
+            modules["embedding"] = embedding
+        for layer in walk.layers(chunk):
+            modules |= {f"layers.{layer.number}.{kind}": module for kind, module in walk.blocks_of(layer.module)}
     return _recorded(input_ids, modules, lambda args, output: output[0] if isinstance(output, tuple) else output)
 
 
 def choices(input_ids: np.ndarray) -> Recorded:
     """(coordinates, {router by its layer: 1 for each expert chosen [batch, local sequence, experts]}) of this rank."""
-    layers = [layer for chunk in current().chunks for layer in chunk.decoder.layers if hasattr(layer.mlp, "router")]
-    modules = {f"layers.{layer.layer_number - 1}.router": layer.mlp.router for layer in layers}
+    walk, modules = walk_of(current().provider), {}
+    for layer in (layer for chunk in current().chunks for layer in walk.layers(chunk)):
+        routers = [module.router for _, module in walk.blocks_of(layer.module) if hasattr(module, "router")]
+        modules |= {f"layers.{layer.number}.router": router for router in routers}
     return _recorded(input_ids, modules, lambda args, output: output[1].view(*args[0].shape[:2], -1))
 
 
@@ -180,7 +182,8 @@ def recorded_heads(chunks) -> Iterator[list[torch.Tensor]]:
     microbatch the heads of multi-token prediction, then the main model's. Megatron makes
     losses of the heads' at once, and does so in place."""
     found: list[torch.Tensor] = []
-    layers = [unwrap(chunk).output_layer for chunk in chunks if hasattr(unwrap(chunk), "output_layer")]
+    heads = [walk_of(unwrap(chunk).config).output_of(unwrap(chunk)) for chunk in chunks]
+    layers = [head for head in heads if head is not None]
     handles = [
         layer.register_forward_hook(lambda module, args, output: found.append(output[0].clone())) for layer in layers
     ]
