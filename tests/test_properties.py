@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import toy_models
 from bridges import AutoBridge, Layout, MegatronMappingRegistry, PlanError
 from bridges.conversion import tasks, transfer
-from bridges.conversion.mapping import REPLICATED, ColumnParallelMapping
+from bridges.conversion.mapping import EMBEDDING, OUTPUT, REPLICATED, ColumnParallelMapping
 from bridges.conversion.proof import Parameter, local_shape
 from harness.checks.complete import expected_on
 from harness.ranks import jobs
@@ -191,26 +191,26 @@ def second_copies_are_imported_and_never_exported(data: st.DataObject, kind: str
     embed = hf["model.embed_tokens.weight"]
     hf |= {"lm_head.weight": embed.clone()} if on_disk else {}
     registry = MegatronMappingRegistry(
-        ColumnParallelMapping(tasks.EMBEDDING, "model.embed_tokens.weight"),
-        ColumnParallelMapping(tasks.OUTPUT, "lm_head.weight"),
+        ColumnParallelMapping(EMBEDDING, "model.embed_tokens.weight"),
+        ColumnParallelMapping(OUTPUT, "lm_head.weight"),
     )
     shape = local_shape(registry.mappings[0], tuple(embed.shape), layout.tp)
 
     def held(coords):
         if coords.pp == 0 or coords.pp == layout.pp - 1:
-            yield tasks.EMBEDDING, simulated.poison(shape, torch.float32)
+            yield EMBEDDING, simulated.poison(shape, torch.float32)
         if coords.pp == layout.pp - 1 > 0:
-            yield tasks.OUTPUT, simulated.poison(shape, torch.float32)
+            yield OUTPUT, simulated.poison(shape, torch.float32)
 
     provider = SimpleNamespace(share_embeddings_and_output_weights=True, vocab_size=len(embed))
-    repeated = tasks.repeated_tensors({}, registry, hf, tied=True)
+    repeated = tasks.repeated_tensors({}, registry, hf, provider)
     assert repeated == ({"lm_head.weight": "model.embed_tokens.weight"} if on_disk else {})
     shapes = {name: tuple(tensor.shape) for name, tensor in hf.items()}
     world = simulated.ranks(layout, registry, shapes, provider, held, repeated)
     source = simulated.Source(hf)
     simulated.imported(world, source)
     for rank in world:
-        expected = world[rank.coords.tp].tensors[tasks.EMBEDDING]
+        expected = world[rank.coords.tp].tensors[EMBEDDING]
         assert all(same_bits(tensor, expected) for tensor in rank.tensors.values())
     check_export(world, source)
 
@@ -292,8 +292,8 @@ def whole_model(folder, layout: Layout, parameters: list[Parameter]) -> tuple[li
     provider = bridge.to_megatron_provider(load_weights=False).apply_layout(layout)
     registry = bridge.mapping_registry(source)
     if provider.share_embeddings_and_output_weights and layout.pp > 1:
-        shape = next(p.shape for p in parameters if p.name == tasks.EMBEDDING)
-        parameters = [*parameters, Parameter(tasks.OUTPUT, shape)]
+        shape = next(p.shape for p in parameters if p.name == EMBEDDING)
+        parameters = [*parameters, Parameter(OUTPUT, shape)]
 
     def held(coords):
         rank = next(r for r in range(layout.world_size) if layout.coords(r) == coords)

@@ -76,7 +76,7 @@ def global_tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, tor
     """
     for wrapped in chunks:
         chunk = unwrap(wrapped)
-        placed = {layer.path: layer.name for layer in walk_of(chunk.config).layers(chunk)}
+        placed = {layer.path: layer.name for layer in walk_of(getattr(chunk, "config", None)).layers(chunk)}
         for local, tensor in chunk.state_dict(keep_vars=True).items():
             if not torch.is_tensor(tensor) or local.endswith("_extra_state"):
                 continue
