@@ -21,6 +21,7 @@ from bridges.hf_pretrained import CheckpointError, ConfigError, PreTrainedCausal
 from bridges.model_bridge import MegatronModelBridge
 from harness.flops import command
 from harness.reference.compare import relative_rms
+from toy_models.catalogue import guests
 
 ROWS = [row for row in toy_models.rows() if not row.endswith("-square")]
 NATIVE = [row for row in ROWS if toy_models.reference_of(row) is None]
@@ -338,3 +339,17 @@ def test_a_folder_of_configs_is_surveyed(tmp_path):
     assert found["qwen3_moe.json"].refusal == ""
     assert "not JSON" in found["broken.json"].refusal
     assert "T5Model has no bridge" in found["t5.json"].refusal
+
+
+def test_fault_D13_a_rows_dtype_under_either_name(tmp_path):
+    """`dtype` is `torch_dtype`; what is not float32 is refused with the reason."""
+    raw = toy_models.config_dict("llama3")
+    del raw["torch_dtype"]
+    rows = {"new_name": {**raw, "dtype": "float32"}, "narrow": {**raw, "dtype": "bfloat16"}}
+    with guests(rows):
+        folder = toy_models.write("new_name", tmp_path / "new", shards=1)
+        written = json.loads((folder / "config.json").read_text())
+        assert written["dtype"] == "float32"
+        assert "torch_dtype" not in written
+        with pytest.raises(ValueError, match="row narrow says dtype = 'bfloat16': a row is float32"):
+            toy_models.write("narrow", tmp_path / "narrow")

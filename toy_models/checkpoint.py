@@ -33,9 +33,14 @@ def write(row: str, folder: str | Path, *, dtype: torch.dtype | None = None, sha
         raise ValueError(f"shards={shards}: a checkpoint has at least one file")
     folder = Path(folder)
     config = config_dict(row)
-    stored: torch.dtype = dtype or getattr(torch, config["torch_dtype"])
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if dtype is None and config.get(key, "float32") != "float32":
+        raise ValueError(
+            f"row {row} says {key} = {config[key]!r}: a row is float32, because goldens are; write(..., dtype=...) rounds it"
+        )
+    stored = dtype or torch.float32
     save(row, build(row, dtype=stored), folder, shards=shards)
-    _write_json(folder / "config.json", {**config, "torch_dtype": str(stored).removeprefix("torch.")})
+    _write_json(folder / "config.json", {**config, key: str(stored).removeprefix("torch.")})
     return folder
 
 
