@@ -31,7 +31,7 @@ from bridges.hf_pretrained import PreTrainedCausalLM
 from bridges.layout import Coords
 from bridges.model_bridge import ConfigError, MegatronModelBridge
 from bridges.providers.provider import GPTModelProvider
-from bridges.source_checks import check_rotary, check_vocabulary, rotary_tensors
+from bridges.source_checks import check_mtp, check_rotary, check_vocabulary, rotary_tensors
 
 
 class AutoBridge:
@@ -154,6 +154,7 @@ class AutoBridge:
     def _tasks(self, model, source: Checkpoint) -> list[ConversionTask]:
         chunks = _chunks(model)
         registry, config = self.mapping_registry(source), _config(chunks)
+        check_mtp(source, config, registry)
         check_vocabulary(registry, source, config.vocab_size)
         repeated = self.repeated_tensors(source, config, registry)
         return build_tasks(chunks, registry, self.mapped_shapes(source), config, repeated)

@@ -77,3 +77,17 @@ def check_vocabulary(registry: MegatronMappingRegistry, source: Checkpoint, voca
             f"{source.path}: vocab_size is {vocab_size}, but {says}: set vocab_size to {count} in config.json (rows for new "
             "tokens are made with transformers' resize_token_embeddings)"
         )
+
+
+def check_mtp(source: Checkpoint, provider: Any, registry: MegatronMappingRegistry) -> None:
+    """Raise CheckpointError when the model has layers of multi-token prediction and the checkpoint not one tensor of theirs,
+    as transformers saves it: it drops them and keeps their number."""
+    depth = getattr(provider, "mtp_num_layers", None) or 0
+    own = re.compile(r"mtp\.layers\.\d+\.(enorm|hnorm|eh_proj)\.weight")
+    names = [part.hf for one in registry.mappings if own.fullmatch(one.megatron_param) for part in one.parts]
+    if depth and names and not any(name in source.tensors for name in names):
+        raise CheckpointError(
+            f"{source.path}: config.json says {depth} layers of multi-token prediction, and the checkpoint has no tensor of "
+            "them (transformers drops them when it saves): set the number (num_nextn_predict_layers, "
+            "mtp_num_hidden_layers) to 0 in config.json, or provider.mtp_num_layers = None before finalize()"
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import toy_models
 from bridges import AutoBridge
@@ -19,6 +20,7 @@ from bridges.config_fields import MACHINERY, another
 from bridges.config_reads import model_class, reads
 from bridges.hf_pretrained import CheckpointError, ConfigError, PreTrainedCausalLM, load_config
 from bridges.model_bridge import MegatronModelBridge
+from bridges.source_checks import check_mtp
 from harness.flops import command
 from harness.reference.compare import relative_rms
 from toy_models.catalogue import guests
@@ -353,3 +355,21 @@ def test_fault_D13_a_rows_dtype_under_either_name(tmp_path):
         assert "torch_dtype" not in written
         with pytest.raises(ValueError, match="row narrow says dtype = 'bfloat16': a row is float32"):
             toy_models.write("narrow", tmp_path / "narrow")
+
+
+@pytest.mark.parametrize("row", ["deepseek_v3", "glm4_moe", "qwen3_5_text"])
+def test_fault_D3_dropped_mtp_tensors_are_named_with_the_way_out(row, tmp_path):
+    """A checkpoint that transformers saved: the layers' tensors are gone, their number is still there."""
+    folder = toy_models.write(row, tmp_path / "model", shards=1)
+    config = json.loads((folder / "config.json").read_text())
+    layer = f"model.layers.{config['num_hidden_layers']}."
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if not name.startswith((layer, "mtp."))}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    provider, source = bridge.to_megatron_provider(load_weights=False), bridge.hf_pretrained.checkpoint
+    with pytest.raises(CheckpointError, match=r"1 layers of multi-token prediction.* provider.mtp_num_layers = None"):
+        check_mtp(source, provider, bridge.mapping_registry(source))
+    provider.mtp_num_layers = None
+    check_mtp(source, provider, bridge.mapping_registry(source))
