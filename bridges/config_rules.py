@@ -41,9 +41,11 @@ def _get(config: HF, name: str, default: Any = None) -> Any:
 def _rope_to_megatron(config: HF) -> Fields:
     parameters = dict(_get(config, "rope_parameters", {}))
     if parameters and all(isinstance(v, dict) for v in parameters.values()):
-        raise ValueError(
-            f"rope_parameters has one entry per layer type ({', '.join(parameters)}): not built for this family"
-        )
+        used = set(config.layer_types)
+        return {
+            "rope_by_layer_type": {kind: dict(of) for kind, of in parameters.items() if kind in used},
+            "rope_layer_types": list(config.layer_types),
+        }
     base = parameters.pop("rope_theta", None) or _get(config, "rope_theta") or _get(config, "default_theta", 10000.0)
     percent = parameters.pop("partial_rotary_factor", None) or _get(config, "partial_rotary_factor", 1.0)
     scaling = None if parameters.get("rope_type", "default") == "default" else parameters
@@ -51,6 +53,8 @@ def _rope_to_megatron(config: HF) -> Fields:
 
 
 def _rope_to_hf(provider) -> Fields:
+    if by_type := getattr(provider, "rope_by_layer_type", None):
+        return {"rope_parameters": {kind: dict(of) for kind, of in by_type.items()}}
     fields = {"rope_theta": provider.rotary_base, "rope_scaling": provider.rope_scaling}
     return fields if provider.rotary_percent == 1.0 else {**fields, "partial_rotary_factor": provider.rotary_percent}
 
@@ -109,6 +113,14 @@ def _window_to_hf(provider) -> Fields:
 
 
 WINDOW = Rule(("sliding_window", "use_sliding_window", "layer_types"), _window_to_megatron, _window_to_hf)
+
+NO_ROPE_WITHOUT_WINDOW = Rule(  # where a model has windows, its other layers have no rope; no field says so
+    (),
+    lambda c: (
+        {"no_rope_freq": [int(t == "full_attention") for t in c.layer_types]} if _get(c, "sliding_window") else {}
+    ),
+    lambda p: {},
+)
 
 NO_ROPE_LAYERS = Rule(  # HF: 1 where the layer has rope; Megatron: 1 where it has none
     ("no_rope_layers", "no_rope_layer_interval"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar
 
@@ -215,6 +215,11 @@ class MegatronModelBridge:
         """The provider of a model; `hf_pretrained.config` is its config. Families rarely need to override this."""
         provider = self.registration.provider if self.registration else GPTModelProvider
         kwargs = {**self.MEGATRON_DEFAULTS, **self.hf_config_to_provider_kwargs(hf_pretrained.config)}
+        if unknown := sorted(kwargs.keys() - {f.name for f in fields(provider)}):
+            raise ConfigError(
+                f"{provider.__name__} has no {', '.join(unknown)}, which this config asks for: register the bridge with a "
+                "provider that has, such as bridges.mechanisms.decoder.DecoderProvider"
+            )
         return provider(**kwargs)
 
     @classmethod

@@ -19,12 +19,13 @@ from torch import nn
 # What a tensor is for, from its in-memory name and its number of dimensions. A name that no line covers is
 # refused: a new family's A_log or conv1d needs a scale of its own, and a wrong one makes a toy blind to it.
 _ROLES = [
-    (r"norm\.weight$", 1, "norm"),
+    (r"(norm|\.ln_\w+)\.weight$", 1, "norm"),
     (r"(\.bias|e_score_correction_bias|\.dt_bias)$", 1, "bias"),
     (r"moe_statics\.e_score_correction_bias$", 2, "choice"),  # [1, E], added to softmax scores
     (r"\.A_log$", 1, "decay"),
-    (r"(^|\.)embed_tokens\.weight$", 2, "embedding"),
+    (r"(^|\.)(embed_tokens|word_embeddings)\.weight$", 2, "embedding"),
     (r"(_proj|_with_mqa|(^|\.)lm_head|(^|\.)gate|_gate)\.weight$", 2, "matrix"),
+    (r"\.(query_key_value|dense|dense_h_to_4h|dense_4h_to_h|c_fc|router\.layer|router)\.weight$", 2, "matrix"),
     (r"\.in_proj_(qkvz|ba|qkv|z|b|a)\.weight$", 2, "matrix"),
     (r"\.conv1d\.weight$", 3, "matrix"),
     (r"\.experts\.(gate_up|down)_proj$", 3, "matrix"),  # fused experts [E, out, in]

@@ -2,7 +2,7 @@
 (q and k norms, a rope of its own for windowed layers)."""
 
 from megatron.core.models.gpt.gpt_model import GPTModel
-from transformers import Gemma2ForCausalLM, GemmaForCausalLM
+from transformers import Gemma2ForCausalLM, Gemma3ForCausalLM, GemmaForCausalLM
 
 from bridges.conversion.mapping import MegatronMappingRegistry
 from bridges.mechanisms.blocks import attention, embeddings, gated_mlp
@@ -36,3 +36,11 @@ class Gemma2Bridge(GemmaBridge):
         return MegatronMappingRegistry(
             *embeddings(), *attention(), *gated_mlp(norm="pre_feedforward_layernorm"), *post_norms()
         )
+
+
+@MegatronModelBridge.register_bridge(
+    source=Gemma3ForCausalLM, target=GPTModel, provider=DecoderProvider, model_type="gemma3_text"
+)
+class Gemma3Bridge(Gemma2Bridge):
+    HF_FIXED = {"attention_bias": False, "use_bidirectional_attention": False}
+    MEGATRON_DEFAULTS = {**Gemma2Bridge.MEGATRON_DEFAULTS, "qk_layernorm": True}

@@ -35,7 +35,7 @@ def _norm(megatron: str, hf: str) -> list[ParamMapping]:
     return [AutoMapping(f"{megatron}{kind}", f"{hf}.{kind}") for kind in ("weight", "bias")]
 
 
-def _linear(megatron: str, hf: str) -> list[ParamMapping]:
+def linear(megatron: str, hf: str) -> list[ParamMapping]:
     """A linear's weight and, for the models that have it, its bias."""
     return [AutoMapping(f"{megatron}.{kind}", f"{hf}.{kind}") for kind in ("weight", "bias")]
 
@@ -69,7 +69,7 @@ def attention(
         *mappings,
         AutoMapping(f"{m}.q_layernorm.weight", f"{a}.{qk_norm[0]}.weight"),
         AutoMapping(f"{m}.k_layernorm.weight", f"{a}.{qk_norm[1]}.weight"),
-        *_linear(f"{m}.linear_proj", f"{a}.{output}"),
+        *linear(f"{m}.linear_proj", f"{a}.{output}"),
     ]
 
 
@@ -86,7 +86,7 @@ def gated_mlp(
         else:
             gate, up = f"{layer}.mlp.gate_proj.{kind}", f"{layer}.mlp.up_proj.{kind}"
             mappings.append(GatedMLPMapping(fc1, gate=gate, up=up))
-    return [*mappings, *_linear(f"{m}.linear_fc2", f"{layer}.mlp.down_proj")]
+    return [*mappings, *linear(f"{m}.linear_fc2", f"{layer}.mlp.down_proj")]
 
 
 def plain_mlp(
@@ -99,8 +99,8 @@ def plain_mlp(
     m = f"{MEGATRON_LAYER}.mlp"
     return [
         *_norm(f"{m}.linear_fc1.layer_norm_", f"{layer}.{norm}"),
-        *_linear(f"{m}.linear_fc1", f"{layer}.mlp.{names[0]}"),
-        *_linear(f"{m}.linear_fc2", f"{layer}.mlp.{names[1]}"),
+        *linear(f"{m}.linear_fc1", f"{layer}.mlp.{names[0]}"),
+        *linear(f"{m}.linear_fc2", f"{layer}.mlp.{names[1]}"),
     ]
 
 
@@ -140,10 +140,11 @@ def moe(
     return mappings
 
 
-def fused_experts(*, layer: str = HF_LAYER, block: str = "mlp") -> list[ParamMapping]:
-    """Routed experts in two tensors for all of them: gate_up_proj [E, gate and up, in], down_proj [E, out, in]."""
-    m, b = f"{MEGATRON_LAYER}.mlp.experts", f"{layer}.{block}.experts"
-    gate_up, down = f"{b}.gate_up_proj", f"{b}.down_proj"
+def fused_experts(
+    *, layer: str = HF_LAYER, gate_up: str = "mlp.experts.gate_up_proj", down: str = "mlp.experts.down_proj"
+) -> list[ParamMapping]:
+    """Routed experts in two tensors for all of them: `gate_up` [E, gate and up, in], `down` [E, out, in]."""
+    m, gate_up, down = f"{MEGATRON_LAYER}.mlp.experts", f"{layer}.{gate_up}", f"{layer}.{down}"
     return [
         ParamMapping(
             f"{m}.linear_fc1.weight*",

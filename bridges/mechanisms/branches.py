@@ -21,6 +21,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from bridges.config_rules import Rule
 from bridges.conversion.mapping import AutoMapping, ParamMapping
 from bridges.mechanisms.blocks import HF_LAYER, MEGATRON_LAYER
 from bridges.providers.cpu_backend import Norm
@@ -134,6 +135,13 @@ def _unfuse(layer: Any, backend: Any, norm: Any, *, shared: bool) -> None:
 def biased(linear: Any) -> Any:
     """The same linear with a bias, whatever the configuration says of all linears."""
     return lambda *args, **kwargs: linear(*args, **{**kwargs, "bias": True})
+
+
+ATTENTION_BIAS = Rule(  # on q, k, v and the output projection alike
+    ("attention_bias",),
+    lambda c: {"add_qkv_bias": bool(c.attention_bias), "attention_output_bias": bool(c.attention_bias)},
+    lambda p: {"attention_bias": p.attention_output_bias},
+)
 
 
 def post_norms(

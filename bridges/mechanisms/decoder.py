@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from bridges.mechanisms.branches import BranchesProvider
 from bridges.mechanisms.qk_norm import QKNormProvider
+from bridges.mechanisms.ropes import RopesProvider
 from bridges.mechanisms.scales import ScalesProvider
 
 
 @dataclass
-class DecoderProvider(BranchesProvider, ScalesProvider, QKNormProvider):
+class DecoderProvider(BranchesProvider, ScalesProvider, QKNormProvider, RopesProvider):
     """A GPTModelProvider with every mechanism of grouped-query decoders; all are off until a family asks for them."""

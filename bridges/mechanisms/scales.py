@@ -22,14 +22,18 @@ class ScalesProvider(GPTModelProvider):
 
     embedding_multiplier: float = 1.0
     logits_multiplier: float = 1.0
+    logits_divisor: float = 1.0
     logits_softcap: float | None = None
     attention_softcap: float | None = None
 
     def finalize(self):
         linear = self.cross_entropy_loss_fusion and self.cross_entropy_fusion_impl == "linear"
-        if linear and (self.logits_softcap is not None or self.logits_multiplier != 1.0):
+        if linear and self._changes_logits():
             raise ValueError("cross_entropy_fusion_impl = 'linear' skips this model's logits softcap and multiplier")
         return super().finalize()
+
+    def _changes_logits(self) -> bool:
+        return (self.logits_multiplier, self.logits_divisor, self.logits_softcap) != (1.0, 1.0, None)
 
     def edit_layer(self, spec: Any) -> None:
         super().edit_layer(spec)
@@ -40,7 +44,7 @@ class ScalesProvider(GPTModelProvider):
         super().finish(model)
         if self.embedding_multiplier != 1.0 and hasattr(model, "embedding"):
             model.embedding.register_forward_hook(_scale_embedding)
-        if hasattr(model, "output_layer") and (self.logits_multiplier != 1.0 or self.logits_softcap is not None):
+        if hasattr(model, "output_layer") and self._changes_logits():
             model.output_layer.register_forward_hook(_scale_logits)
 
 
@@ -53,6 +57,8 @@ def _scale_logits(module: Any, args: Any, output: tuple) -> tuple:
     config, (logits, *rest) = module.config, output
     if config.logits_multiplier != 1.0:
         logits = logits * config.logits_multiplier
+    if config.logits_divisor != 1.0:
+        logits = logits / config.logits_divisor
     if (cap := config.logits_softcap) is not None:
         logits = torch.tanh(logits / cap) * cap
     return (logits, *rest)
@@ -73,12 +79,6 @@ GEMMA_EMBEDDING = Rule(  # computed, never configured
     (),
     lambda c: {"embedding_multiplier": c.hidden_size**0.5},
     lambda p: {},
-)
-
-LOGITS_SCALING = Rule(  # a divisor
-    ("logits_scaling",),
-    lambda c: {"logits_multiplier": 1 / c.logits_scaling},
-    lambda p: {"logits_scaling": 1 / p.logits_multiplier},
 )
 
 SOFTCAPS = [("attn_logit_softcapping", "attention_softcap"), ("final_logit_softcapping", "logits_softcap")]

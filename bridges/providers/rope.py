@@ -16,18 +16,25 @@ from megatron.core.transformer.attention import Attention
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # Kinds whose frequencies do not depend on the sequence at hand.
-STATIC_KINDS = ("default", "linear", "llama3", "yarn", "proportional")
+STATIC_KINDS = ("default", "linear", "llama3", "yarn", "proportional", "longrope")
 
 
 def inverse_frequencies(
-    *, base: float, dim: int, scaling: dict | None, max_position_embeddings: int, percent: float = 1.0
+    *,
+    base: float,
+    dim: int,
+    scaling: dict | None,
+    max_position_embeddings: int,
+    percent: float = 1.0,
+    seq_len: int | None = None,
 ) -> tuple[torch.Tensor, float]:
     """(inverse frequencies [rotary dim / 2] fp32, factor on cos and sin).
 
     `scaling` is a hub-style `rope_scaling` dict or None; `dim` the head dim; `percent` the part of it that is rotated.
+    Frequencies of longrope are those of sequences of `seq_len`, which its caller must give.
     """
     kind = (scaling or {}).get("rope_type", "default")
-    if kind not in STATIC_KINDS:
+    if kind not in STATIC_KINDS or (kind == "longrope" and seq_len is None):
         raise ValueError(
             f"rope_type {kind!r} depends on the sequence length and is not built; known: {', '.join(STATIC_KINDS)}"
         )
@@ -44,7 +51,7 @@ def inverse_frequencies(
         standardize_rope_params=lambda: None,
     )
     with torch.device("cpu"):  # a model that is built on the meta device has real frequencies all the same
-        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")  # type: ignore[arg-type]
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, device="cpu", seq_len=seq_len)  # type: ignore[arg-type]
     return frequencies.float(), float(factor)
 
 
