@@ -82,8 +82,21 @@ def test_the_hub_config_arrives_in_transformers(row):
     theta = {"rope_theta": hub["rope_theta"]} if "rope_theta" in hub else hub["rope_parameters"]
     rope = {"rope_type": "default", **theta, **(hub.get("rope_scaling") or {})}
     rope |= {key: hub[key] for key in ["partial_rotary_factor"] if key in hub}
-    assert config.rope_parameters == rope
+    if "type" in rope:  # as rope_type was called
+        rope["rope_type"] = rope["type"]
+    if rope["rope_type"] == "longrope":
+        rope["original_max_position_embeddings"] = hub["original_max_position_embeddings"]
+    # With a table for each type of layer, scaling is about layers without a window.
+    of_all = config.rope_parameters.get("full_attention", config.rope_parameters)
+    assert of_all == rope
+    if of_all is not config.rope_parameters:
+        local = hub.get("rope_local_base_freq", type(config).default_theta)
+        assert config.rope_parameters["sliding_attention"] == {"rope_type": "default", "rope_theta": local}
     derived = {"rope_theta", "rope_scaling", "torch_dtype", "transformers_version", "partial_rotary_factor"}
+    derived |= {"rope_local_base_freq"}
+    if isinstance(every := hub.get("sliding_window_pattern"), int):
+        derived.add("sliding_window_pattern")
+        assert [t == "full_attention" for t in config.layer_types] == [(i + 1) % every == 0 for i in range(8)]
     if hub.get("use_sliding_window") is False:
         derived |= {"sliding_window", "use_sliding_window"}  # Qwen publishes a window beside use_sliding_window: false
         assert not getattr(config, "use_sliding_window", False)
@@ -111,7 +124,8 @@ def test_toys_have_no_dropout_and_ids_within_the_vocabulary(row):
 def test_rows_differ_in_their_norm_epsilon_and_rope_base():
     """A value taken from another row, or a default, is never right by luck."""
     bases = [toy_models.config_dict(row) for row in ROWS if not row.endswith("-square")]
-    assert len({config["rms_norm_eps"] for config in bases}) == len(bases)
+    names = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon")
+    assert len({config[name] for config in bases for name in names if name in config}) == len(bases)
     thetas = {{**config, **config.get("rope_parameters", {})}["rope_theta"] for config in bases}
     assert len(thetas) == len(bases)
 
@@ -207,7 +221,8 @@ def test_no_router_is_undecided_and_no_expert_idle(row):
     for router in routers:
         router.register_forward_hook(record)
     logits(model, row)
-    with_experts = [layer for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    blocks = [layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe for layer in model.model.layers]
+    with_experts = [block for block in blocks if hasattr(block, "experts")]
     assert len(margins) == len(with_experts) >= 4
     assert min(margins) > (1e-4 if biased else 3e-4)
     assert (sum(uses) if biased else torch.stack(uses)).min() >= 3
