@@ -787,9 +787,18 @@ def test_a_report_that_compared_nothing_is_not_green(layouts, checks):
 @pytest.mark.parametrize("layout", ["tp1", "tp2-sp", "cp2", "pp2-vpp2", "tp2-ep2-etp1-sp"])
 def test_the_localiser_finds_no_difference_where_there_is_none(layout, ranks, tmp_path):
     """In every layout the outputs of all blocks, put together from the ranks, are those of Hugging Face."""
-    bench = Bench(Subject.make("qwen2_moe", tmp_path), Layout.parse(layout), ranks, tmp_path)
+    assert localised("qwen2_moe", layout, ranks, tmp_path).startswith("all 17 blocks agree")
+
+
+@pytest.mark.parametrize("row", ["granite", "starcoder2", "falcon", "internlm", "gemma2"])
+def test_the_localiser_knows_scaled_embeddings_biases_added_late_and_blocks_side_by_side(row, ranks, tmp_path):
+    assert localised(row, "tp2-sp", ranks, tmp_path).startswith("all 17 blocks agree")
+
+
+def localised(row: str, layout: str, ranks: Ranks, folder: Path) -> str:
+    bench = Bench(Subject.make(row, folder), Layout.parse(layout), ranks, folder)
     bench.build()
-    assert localise(bench).startswith("all 17 blocks agree")
+    return localise(bench)
 
 
 # Ranks at their own pace

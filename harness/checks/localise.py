@@ -19,7 +19,7 @@ CAUSES = {
     "output": "final norm or its epsilon, output head (tied?), vocabulary order",
 }
 BLOCKS = {
-    "self_attention": ("self_attn", "attention", "linear_attn"),
+    "self_attention": ("self_attn", "self_attention", "attention", "linear_attn"),
     "mlp": ("mlp", "feed_forward", "block_sparse_moe"),
 }
 
@@ -28,8 +28,9 @@ def hf_activations(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch
     """{"embedding", "layers.3.self_attention", "layers.3.mlp", ...: output [batch, sequence, hidden]} of a HF model."""
     found: dict[str, torch.Tensor] = {}
     base: Any = model.base_model
-    named = {"embedding": base.get_input_embeddings()}
-    for i, layer in enumerate(base.layers):
+    layers: Any = next(module for module in base.children() if isinstance(module, torch.nn.ModuleList))
+    named: dict[str, Any] = {}
+    for i, layer in enumerate(layers):
         for block, names in BLOCKS.items():
             for name in names:
                 if hasattr(layer, name):
@@ -37,11 +38,16 @@ def hf_activations(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch
 
     def hook(name):
         def save(module, args, output):
-            found[name] = (output[0] if isinstance(output, tuple) else output).detach().reshape(*ids.shape, -1)
+            # A copy: Falcon adds to this very tensor what attention gave.
+            found[name] = (output[0] if isinstance(output, tuple) else output).detach().clone().view(*ids.shape, -1)
 
         return save
 
+    def embedded(module, args):  # what the first layer is given: some models scale the embedding after it is looked up
+        found["embedding"] = args[0].detach()
+
     handles = [module.register_forward_hook(hook(name)) for name, module in named.items()]
+    handles.append(layers[0].register_forward_pre_hook(embedded))
     try:
         with torch.no_grad():
             model(ids, use_cache=False)

@@ -141,7 +141,15 @@ def activations(input_ids: np.ndarray) -> Recorded:
             modules["embedding"] = embedding
         for layer in walk.layers(chunk):
             modules |= {f"layers.{layer.number}.{kind}": module for kind, module in walk.blocks_of(layer.module)}
-    return _recorded(input_ids, modules, lambda args, output: output[0] if isinstance(output, tuple) else output)
+    return _recorded(input_ids, modules, lambda args, output: _with_bias(output))
+
+
+def _with_bias(output: Any) -> torch.Tensor:
+    """A block's output; Megatron gives the bias of its last linear beside it and adds that later."""
+    if not isinstance(output, tuple):
+        return output
+    value, *bias = output
+    return value + bias[0] if bias and bias[0] is not None else value
 
 
 def choices(input_ids: np.ndarray) -> Recorded:
