@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -133,6 +134,42 @@ def another(value: Any) -> Any:
     return value
 
 
+@dataclass(frozen=True)
+class Accounts:
+    """What tables leave open: fields that are `missing`, {field: (value, the one that is built)} of the `refused`, {field:
+    value} of the `unknown`."""
+
+    missing: list[str]
+    refused: dict[str, tuple[Any, Any]]
+    unknown: dict[str, Any]
+
+
+def accounts(
+    config: PreTrainedConfig,
+    raw: Mapping[str, Any] | None,
+    *,
+    known: Collection[str],
+    fixed: Mapping[str, Any],
+    required: Collection[str] = (),
+    inert: Collection[str] = (),
+) -> Accounts:
+    """Return the fields for which tables do not account; arguments as in `check`."""
+    seen = reads(config)
+    names = {*known, *(config.attribute_map.get(name, name) for name in known)}
+    values = {**flat(config), **(raw or {})}
+    found = Accounts([] if seen else sorted(name for name in required if values.get(name) is None), {}, {})
+    for name, value in sorted(values.items()):
+        if value is None or not _counts(name, value, seen, inert):
+            continue
+        if name in fixed:
+            if value != fixed[name]:
+                found.refused[name] = (value, fixed[name])
+        elif name not in names and not (name.endswith("bias") and value is False):
+            # Without a bias there is no such tensor; one that is there all the same is refused on import.
+            found.unknown[name] = value
+    return found
+
+
 def check(
     config: PreTrainedConfig,
     raw: Mapping[str, Any] | None,
@@ -147,23 +184,16 @@ def check(
     knows what `known` names and builds one value of each in `fixed`. Where transformers has no class, the bridge's word is
     taken for which fields must be there (`required`) and which change nothing (`inert`)."""
     seen = reads(config)
-    names = {*known, *(config.attribute_map.get(name, name) for name in known)}
-    values = {**flat(config), **(raw or {})}
-    problems, unknown = [], []
-    if not seen and (missing := sorted(name for name in required if values.get(name) is None)):
-        problems.append(f"{_named(missing)} missing: only the model's own code knows its default")
-    for name, value in sorted(values.items()):
-        if value is None or not _counts(name, value, seen, inert):
-            continue
-        if name in fixed:
-            if value != fixed[name]:
-                problems.append(f"config field {name} = {value!r}: {bridge} computes only {name} = {fixed[name]!r}")
-        elif name not in names and not (name.endswith("bias") and value is False):
-            # Without a bias there is no such tensor; one that is there all the same is refused on import.
-            unknown.append(f"{name} = {value!r}")
-    if unknown:
+    found = accounts(config, raw, known=known, fixed=fixed, required=required, inert=inert)
+    problems = []
+    if found.missing:
+        problems.append(f"{_named(found.missing)} missing: only the model's own code knows its default")
+    for name, (value, built) in found.refused.items():
+        problems.append(f"config field {name} = {value!r}: {bridge} computes only {name} = {built!r}")
+    if found.unknown:
         by = f", which {seen.reader} reads," if seen else ""
-        problems.append(f"{_named(unknown, by)} not known to {bridge}: map in CONFIG_MAPPING or a rule")
+        listed = [f"{name} = {value!r}" for name, value in found.unknown.items()]
+        problems.append(f"{_named(listed, by)} not known to {bridge}: map in CONFIG_MAPPING or a rule")
     if problems:
         raise ConfigError("; ".join(problems))
 

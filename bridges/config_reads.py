@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import PurePath
 from types import FrameType
 from typing import Any
 
@@ -42,11 +43,17 @@ class ConfigError(GoldengateError, ValueError):
 @dataclass(frozen=True)
 class Reads:
     """The fields that the class `reader` reads under one config: names as in `attribute_map`'s values, those of nested
-    configs and of dicts dotted (`text_config.hidden_size`, `rope_parameters.factor`)."""
+    configs and of dicts dotted (`text_config.hidden_size`, `rope_parameters.factor`). `places` says of each where it is
+    read first: file, line and function."""
 
     reader: str
     names: frozenset[str]
     attribute_map: tuple[tuple[str, str], ...] = ()
+    places: tuple[tuple[str, str], ...] = ()
+
+    def place(self, name: str) -> str:
+        """Return where a field is read first, "" for one that is not read."""
+        return dict(self.places).get(dict(self.attribute_map).get(name, name), "")
 
     def __contains__(self, name: str) -> bool:
         """Is this field, under its own name or another that `attribute_map` gives it, read?"""
@@ -95,7 +102,7 @@ def reads(config: PreTrainedConfig) -> Reads | None:
 
 
 def _record(config: PreTrainedConfig, kind: type[PreTrainedModel]) -> Reads | None:
-    names: set[str] = set()
+    names: dict[str, str] = {}
     small = copy.deepcopy(config)
     if (getattr(small, "pad_token_id", None) or 0) >= getattr(small, "vocab_size", math.inf):
         small.pad_token_id = None  # torch refuses it; it says which row of the embedding gets no gradient
@@ -117,7 +124,7 @@ def _record(config: PreTrainedConfig, kind: type[PreTrainedModel]) -> Reads | No
                 " ".join(str(error).split())[:200],
             )
             return None
-    return Reads(kind.__name__, frozenset(names), tuple(config.attribute_map.items()))
+    return Reads(kind.__name__, frozenset(names), tuple(config.attribute_map.items()), tuple(names.items()))
 
 
 def _run(model: PreTrainedModel) -> None:
@@ -202,13 +209,13 @@ def _structure(layer: torch.nn.Module) -> str:
 # -- noting ----------------------------------------------------------------------------------------------------------
 
 
-def _noting(config: PreTrainedConfig, prefix: str, names: set[str]) -> PreTrainedConfig:
+def _noting(config: PreTrainedConfig, prefix: str, names: dict[str, str]) -> PreTrainedConfig:
     """The config itself, made to note what a model reads of it."""
     kind = type(config)
 
     def getattribute(self, key: str) -> Any:
-        if not key.startswith("__") and _by_a_model(sys._getframe(1)):
-            names.add(prefix + kind.attribute_map.get(key, key))
+        if not key.startswith("__") and (place := _by_a_model(sys._getframe(1))):
+            names.setdefault(prefix + kind.attribute_map.get(key, key), place)
         return kind.__getattribute__(self, key)
 
     for key, value in vars(config).items():
@@ -231,7 +238,7 @@ class _Quiet:
 class _NotingDict(dict):
     """A dict that notes the keys that a model uses."""
 
-    def __init__(self, values: dict, prefix: str, names: set[str]):
+    def __init__(self, values: dict, prefix: str, names: dict[str, str]):
         super().__init__(values)
         self._note = (prefix, names)
         for key, value in values.items():
@@ -239,9 +246,10 @@ class _NotingDict(dict):
                 super().__setitem__(key, _NotingDict(value, f"{prefix}{key}.", names))
 
     def _used(self, *keys: Any) -> None:
-        if _by_a_model(sys._getframe(2)):
+        if place := _by_a_model(sys._getframe(2)):
             prefix, names = self._note
-            names.update(f"{prefix}{key}" for key in keys)
+            for key in keys:
+                names.setdefault(f"{prefix}{key}", place)
 
     def __deepcopy__(self, memo: dict) -> _NotingDict:
         return _NotingDict(copy.deepcopy(dict(super().items()), memo), *self._note)
@@ -275,11 +283,13 @@ class _NotingDict(dict):
         return super().values()
 
 
-def _by_a_model(frame: FrameType | None) -> bool:
-    """Does the code in `frame` read for a model? What a config's own methods read counts for whoever calls them, except
-    those that every config has."""
+def _by_a_model(frame: FrameType | None) -> str:
+    """Return the place of the code in `frame` if it reads for a model, else "". What a config's own methods read counts for
+    whoever calls them, except those that every config has."""
     while frame is not None and isinstance(frame.f_locals.get("self"), PreTrainedConfig):
         if frame.f_code.co_filename in (*_NO_MODEL, modeling_rope_utils.__file__):
-            return False
+            return ""
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename not in _NO_MODEL
+    if frame is None or frame.f_code.co_filename in _NO_MODEL:
+        return ""
+    return f"{PurePath(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_qualname}"

@@ -168,19 +168,21 @@ class MegatronModelBridge:
     @classmethod
     def check_config(cls, config: PreTrainedConfig, raw: dict | None = None) -> None:
         """Raise ConfigError that names every field of `config` (and of the file's own `raw`) for which no table accounts."""
-        ruled = {name for rule in cls._rules() for name in rule.hf}
-        config_fields.check(
-            config,
-            raw,
-            bridge=cls.__name__,
-            known={hf for hf, _ in cls.CONFIG_MAPPING} | ruled | {"hidden_act", "hidden_activation"},
-            fixed=cls.HF_FIXED,
-            required=cls.HF_FIELDS,
-            inert=cls.HF_INERT,
-        )
+        config_fields.check(config, raw, bridge=cls.__name__, **cls.field_tables())
         reader, unread = cls.unread_fields(config, raw)
         if unread:
             logger.info("not read by %s: %s", reader, ", ".join(unread))
+
+    @classmethod
+    def field_tables(cls) -> dict[str, Any]:
+        """Return what the bridge's tables say of config fields: arguments of config_fields.check and config_fields.accounts."""
+        ruled = {name for rule in cls._rules() for name in rule.hf}
+        return {
+            "known": {hf for hf, _ in cls.CONFIG_MAPPING} | ruled | {"hidden_act", "hidden_activation"},
+            "fixed": cls.HF_FIXED,
+            "required": cls.HF_FIELDS,
+            "inert": cls.HF_INERT,
+        }
 
     @classmethod
     def unread_fields(cls, config: PreTrainedConfig, raw: dict | None) -> tuple[str, list[str]]:
