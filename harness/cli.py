@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from harness.commands import bench, convert, golden
+from harness.commands import bench, convert, golden, inspect
 from harness.commands.options import JsonOption, LayoutOption, Rows, TrustOption, output, words, write_json
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.add_typer(golden.app, name="golden")
 app.add_typer(convert.app, name="convert")
 app.add_typer(bench.app, name="bench")
+app.command("inspect")(inspect.inspect)
 
 
 @app.command()

@@ -7,7 +7,6 @@ transformers has none, the bridge) says which tensors a checkpoint has.
 from __future__ import annotations
 
 import copy
-import multiprocessing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -24,16 +23,12 @@ from bridges.conversion.mapping import MappingError
 from bridges.conversion.plan import PlanError, Shape, shard_of
 from bridges.conversion.proof import Census, Coverage, Held, prove_ranks
 from bridges.conversion.shapes import tensors_of
-from bridges.errors import GoldengateError
 from bridges.providers.skeleton import holdings
+from harness import forked
 from harness.flops.command import load_bridge
 
 Place = tuple[int, int]  # pipeline rank, expert rank
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class PlanningError(GoldengateError, RuntimeError):
-    """A plan failed in a way that nobody foresaw; the message says where it came from."""
 
 
 @dataclass(frozen=True)
@@ -95,30 +90,7 @@ def plan(source: str, layout: Layout | str, dtype: str | None = None) -> Plan:
     """
     if dtype is not None and dtype not in DTYPES:
         raise PlanError(f"--dtype {dtype}: {', '.join(DTYPES)} are known")
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(there, source, Layout.parse(layout), dtype))
-    process.start()
-    there.close()
-    try:
-        answer = here.recv()
-    except EOFError:
-        answer = PlanningError("the planning process died (out of memory?)")
-    process.join()
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
-
-
-def _answer(connection: Any, source: str, layout: Layout, dtype: str | None) -> None:
-    torch.set_num_threads(1)  # the parent's threads did not come along
-    try:
-        answer: Any = make(load_bridge(source), layout, dtype)
-    except (GoldengateError, OSError, ValueError) as error:
-        answer = error
-    except Exception as error:  # Megatron's assertions among them; they need not survive the pipe as they are
-        answer = PlanningError(f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}")
-    connection.send(answer)
+    return forked.run(lambda: make(load_bridge(source), Layout.parse(layout), dtype))
 
 
 def make(bridge: AutoBridge, layout: Layout, dtype: str | None = None) -> Plan:
