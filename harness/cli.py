@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from harness.commands import bench, convert, golden, inspect
-from harness.commands.options import JsonOption, LayoutOption, Rows, TrustOption, output, words, write_json
+from harness.commands.options import JsonOption, LayoutOption, TrustOption, write_json
+from harness.commands.verify import verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +24,7 @@ app.add_typer(golden.app, name="golden")
 app.add_typer(convert.app, name="convert")
 app.add_typer(bench.app, name="bench")
 app.command("inspect")(inspect.inspect)
+app.command()(verify)
 
 
 @app.command()
@@ -51,52 +53,6 @@ def families(json_file: JsonOption = None) -> None:
                 "yes" if r["golden"] else "missing",
             )
         Console().print(table)
-
-
-@app.command()
-def verify(
-    rows: Rows = None,
-    layouts: Annotated[list[str] | None, typer.Option(help="quick, full, or layouts; commas or repeated.")] = None,
-    checks: Annotated[
-        list[str] | None,
-        typer.Option(help="config, complete, roundtrip, logits, reload, grads (all by default), flops."),
-    ] = None,
-    json_file: JsonOption = None,
-    html: Annotated[str | None, typer.Option(help="Write the report as one static page.", callback=output)] = None,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="That share the rows; as many as there are cores, up to 8, by default.")
-    ] = None,
-) -> None:
-    """Check rows in layouts, on this machine, with Megatron-Core's own models and collectives."""
-    from rich.console import Console
-
-    import toy_models
-    from harness import workers
-    from harness.reference import goldens
-    from harness.report.terminal import ProgressPrinter, print_table
-    from harness.sweep import verify_rows
-
-    chosen = rows or toy_models.rows()
-    for row in chosen:
-        toy_models.config_dict(row)  # an unknown row is named before anything runs
-    if not rows:
-        for name in goldens.orphans():
-            raise ValueError(f"golden {name} has no row: delete goldens/{name}.safetensors or restore its row")
-    with ProgressPrinter() as progress:
-        report = verify_rows(
-            chosen,
-            which=words(layouts) or "quick",
-            checks=words(checks) or None,
-            started=progress.start,
-            cell=progress.cell,
-            processes=processes or workers.available(),
-        )
-    if json_file:
-        report.save_json(json_file)
-    if html:
-        report.save_html(html)
-    print_table(report, Console(stderr=json_file == "-"))
-    raise typer.Exit(report.exit_code)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +51,15 @@ def provider_of(row: str, bridge: type[MegatronModelBridge] | None = None) -> An
     if (spec := toy_models.mtp_spec(row)) and not provider.mtp_num_layers:
         provider.mtp_num_layers = spec["layers"]
     return provider
+
+
+def sample(rows: Sequence[str]) -> list[str]:
+    """Return few rows that have every mechanism of all between them, in the order given. The cheapest come first: of rows
+    that add as much, the one with the fewest mechanisms beside."""
+    has = {row: set(mechanisms(provider_of(row))) for row in rows}
+    missing, chosen = set().union(*has.values()), []
+    while missing:
+        best = max(rows, key=lambda row: (len(has[row] & missing), -len(has[row])))
+        chosen.append(best)
+        missing -= has[best]
+    return [row for row in rows if row in chosen]

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ import toy_models
 from bridges import Layout, LayoutError, MegatronModelBridge
 from bridges.providers import cpu_substitutions
 from harness import layouts, workers
+from harness import targets as targets_
 from harness.checks.outcome import NotApplicable, Outcome
 from harness.checks.subject import Bench, Subject
 from harness.checks.table import CHECKS, FUNCTIONS
@@ -26,21 +28,33 @@ from harness.quiet import quiet
 from harness.ranks import jobs
 from harness.ranks.pool import RankError, Ranks
 from harness.report.cells import Cell, Report
+from harness.targets import Given
 
 LIBRARIES = ("goldengate", "torch", "transformers", "megatron-core", "safetensors", "numpy")
 
 
 def verify(
-    row: str,
+    target: Given | Sequence[str],
     *,
     bridge: type[MegatronModelBridge] | None = None,
     layouts: str | Sequence[str] = "quick",
     checks: Iterable[str] | None = None,
     folder: str | Path | None = None,
+    trust_remote_code: bool | None = None,
+    **options: Any,
 ) -> Report:
-    """Check one row. `bridge` may be any MegatronModelBridge subclass, `folder` any checkpoint of the row's model: so a
-    bridge or a checkpoint, or a deliberately broken one, can be tried without touching a file."""
-    return verify_rows([row], bridge=bridge, which=layouts, checks=checks, folder=folder)
+    """Check a row, or the model of a config (a dict or a file), of a checkpoint folder or of a hub id, by a toy of it; or
+    several of these.
+
+    `bridge` may be any MegatronModelBridge subclass, `folder` any checkpoint of the row's model: so a bridge or a
+    checkpoint, or a deliberately broken one, can be tried without touching a file. For further options see `verify_rows`.
+    """
+    several = isinstance(target, Sequence) and not isinstance(target, str)
+    given = list(target) if several else [target]  # type: ignore[arg-type, list-item]
+    targets = [targets_.resolve(one, bridge=bridge, trust_remote_code=trust_remote_code) for one in given]  # type: ignore[arg-type]
+    with targets_.as_rows(targets) as rows:
+        report = verify_rows(rows, bridge=bridge, which=layouts, checks=checks, folder=folder, **options)
+    return report
 
 
 def verify_rows(
@@ -206,13 +220,15 @@ def layouts_of(row: str, which: str | Sequence[str], bridge: type[MegatronModelB
 def describe(row: str, chosen: Sequence[Layout], bridge: type[MegatronModelBridge] | None = None) -> dict:
     config = toy_models.config_dict(row)
     published, native = config["architectures"][0], toy_models.reference_class(row)
+    live = "live: " if toy_models.is_guest(row) else ""
     alias = "" if native == published else f" for {published}, which transformers does not have"
     return {
         "row": row,
         "model_type": config["model_type"],
         "architecture": config["architectures"][0],
         "mechanisms": mechanisms(provider_of(row, bridge)),
-        "reference": f"transformers {native}, fp32, eager{alias}",
+        "reference": f"{live}transformers {native}, fp32, eager{alias}",
+        **({"toy": config} if live else {}),
         "layouts": [str(layout) for layout in chosen],
     }
 

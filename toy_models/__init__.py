@@ -28,7 +28,7 @@ from toy_models.builder import (
     reference_class,
     reference_of,
 )
-from toy_models.catalogue import config_dict, guests, is_guest, row_file, rows
+from toy_models.catalogue import amend_guest, config_dict, guests, is_guest, row_file, rows
 from toy_models.checkpoint import load, published, save, write, write_config_checkpoint
 from toy_models.randomise import SEED, random_tensor, randomise, weights_hash
 from toy_models.shrink import ShrinkError, shrink
@@ -36,6 +36,7 @@ from toy_models.shrink import ShrinkError, shrink
 __all__ = [
     "SEED",
     "ShrinkError",
+    "amend_guest",
     "build",
     "config_dict",
     "golden_key",

@@ -38,6 +38,11 @@ def guests(files: Mapping[str, dict]) -> Iterator[None]:
             del _guests[name]
 
 
+def amend_guest(row: str, **fields) -> None:
+    """Change fields of a guest's file."""
+    _guests[row].update(fields)
+
+
 def is_guest(row: str) -> bool:
     """Say whether a row comes from `guests`."""
     return row in _guests

@@ -262,7 +262,15 @@ def _tokens(config: Mapping[str, Any], toy: Config) -> None:
 
 def unshrunk(toy: Mapping[str, Any]) -> list[str]:
     """Fields of a toy that may be sizes which the rule does not know: whole numbers above LARGE."""
-    known = {"max_position_embeddings", "rope_theta", "seq_length", "max_sequence_length", "model_max_length"}
+    known = {
+        "max_position_embeddings",
+        "original_max_position_embeddings",
+        "max_sequence_length",
+        "max_window_layers",
+        "rope_theta",
+        "seq_length",
+        "model_max_length",
+    }
     return sorted(
         name
         for name, value in toy.items()

@@ -22,14 +22,20 @@ from torch.overrides import TorchFunctionMode
 
 import goldens
 import toy_models
+from bridges.errors import GoldengateError
 from harness.reference.compare import relative_rms
 from harness.reference.gradients import cotangents, fingerprints, hf_gradients, worst_difference
 
 FOLDER = Path(goldens.__file__).parent
 GATE = 1e-4  # relative RMS that a Megatron model's logits may differ by, in fp32
 GRADIENT_GATE_LIMIT = 1e-3  # no row's gate for gradients may be wider
+SEEDS_TRIED = 16  # inputs of a live reference
 NOISE_FACTOR = 10  # a gate is never below this many times the row's own noise
 LIBRARIES = ("goldengate", "numpy", "torch", "transformers")
+
+
+class UndecidedError(GoldengateError, ValueError):
+    """The reference says one thing in fp32 and another in fp64 on a row's inputs, as where two experts tie."""
 
 
 @dataclass(frozen=True)
@@ -173,14 +179,14 @@ def _compute(row: str, reason: str, command: str) -> Golden:
             "neither can be the reference; find out which is wrong before making a golden"
         )
     if noise["fp32_vs_fp64"] > GATE:
-        raise ValueError(
+        raise UndecidedError(
             f"row {row}: HF in fp32 and in fp64 differ by {noise['fp32_vs_fp64']} (limit {GATE}), as when "
             f"two experts tie and rounding picks one; try another _inputs_seed in toy_models/rows/{row}.json"
         )
     gradient_noise = _three_digits(worst_difference(gradients, exact_gradients))
     gradient_gate = max(GATE, _three_digits(NOISE_FACTOR * gradient_noise))
     if gradient_gate > GRADIENT_GATE_LIMIT:
-        raise ValueError(
+        raise UndecidedError(
             f"row {row}: HF's gradients in fp32 and in fp64 differ by {gradient_noise} in some tensor, too much for "
             f"a gate of {GRADIENT_GATE_LIMIT}; try another _inputs_seed in toy_models/rows/{row}.json"
         )
@@ -202,13 +208,29 @@ def _compute(row: str, reason: str, command: str) -> Golden:
     return Golden(row, tensors, provenance)
 
 
+def live(row: str) -> Golden:
+    """Compute the golden of a guest row, on the first inputs of SEEDS_TRIED on which the reference is decided; nothing is
+    written. UndecidedError when there are none."""
+    for seed in range(SEEDS_TRIED):
+        toy_models.amend_guest(row, _inputs_seed=seed)
+        try:
+            return compute(row, "live reference", "goldengate verify")
+        except UndecidedError as error:
+            undecided = error
+    raise UndecidedError(f"on {SEEDS_TRIED} choices of inputs: {undecided}")
+
+
+def to_bytes(golden: Golden) -> bytes:
+    """Return a golden as its file holds it."""
+    return save(golden.tensors, {"provenance": _canonical(golden.provenance)})
+
+
 def regen(row: str, reason: str) -> Drift:
     """Make the row's golden anew, replace the file in one step, return the drift. Errors: see `compute`."""
     new = compute(row, reason, regen_command(row, reason))
     drift = _drift(new)
-    data = save(new.tensors, {"provenance": _canonical(new.provenance)})
     temporary = FOLDER / f".{row}.tmp"
-    temporary.write_bytes(data)
+    temporary.write_bytes(to_bytes(new))
     os.replace(temporary, path(row))
     return drift
 
