@@ -95,7 +95,7 @@ def toy_file(raw: Mapping[str, Any], auto: AutoBridge, source: str) -> dict[str,
     toy.setdefault("dtype" if "dtype" in toy else "torch_dtype", "float32")
     family = _family(registration.architecture)
     own = {k: v for k, v in family.items() if k.startswith("_") and k not in ("_base", "_inputs_seed")}
-    if any(name in raw for name in MTP_DEPTH):
+    if any(name in raw or name in family for name in MTP_DEPTH):  # else only a checkpoint's tensors say how deep
         depth = max((toy.get(name) or 0) for name in MTP_DEPTH)
         spec = own.pop("_mtp", None)
         if depth and spec is None:
