@@ -18,7 +18,7 @@ import toy_models
 from bridges import AutoBridge, GoldengateError, MegatronModelBridge, PreTrainedCausalLM
 from bridges.hf_pretrained import PublishedConfig, load_config
 from harness.flops.command import load_bridge
-from toy_models.shrink import MTP_DEPTH, unshrunk
+from toy_models.shrink import MTP_DEPTH, SIZES, unshrunk
 
 Given = str | Path | Mapping[str, Any]
 
@@ -79,7 +79,7 @@ def toy_file(raw: Mapping[str, Any], auto: AutoBridge, source: str) -> dict[str,
     registration = type(auto._model_bridge).registration
     assert registration is not None
     try:
-        toy = toy_models.shrink(raw)
+        toy = toy_models.shrink({**_from_the_class(raw, auto.hf_pretrained.config), **raw})
     except toy_models.ShrinkError as error:
         raise TargetError(f"{source}: no toy of it can be made: {error}") from None
     if sizes := unshrunk(toy):
@@ -103,6 +103,12 @@ def toy_file(raw: Mapping[str, Any], auto: AutoBridge, source: str) -> dict[str,
         if depth and spec:
             own["_mtp"] = {**spec, "layers": depth}
     return {**toy, **own}
+
+
+def _from_the_class(raw: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """Sizes that the config leaves to its class: the class's own default would not fit a toy."""
+    values = {name: getattr(config, name, None) for name in SIZES if raw.get(name) is None}
+    return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
 def _family(architecture: str) -> dict[str, Any]:

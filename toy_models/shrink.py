@@ -55,6 +55,7 @@ FIRST_LAYERS = ("first_k_dense_replace", "moe_layer_start_index", "max_window_la
 LAYER_NUMBERS = ("mlp_only_layers",)
 MTP_DEPTH = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 SHARED_WIDTHS = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
+SIZES = (GROUPS, HEAD_DIM, *PLAIN, *EXPERTS, *TOPK, *SHARED_COUNT, *SHARED_WIDTHS, "linear_num_value_heads")
 
 
 def shrink(config: Mapping[str, Any]) -> Config:

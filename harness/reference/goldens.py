@@ -34,6 +34,10 @@ NOISE_FACTOR = 10  # a gate is never below this many times the row's own noise
 LIBRARIES = ("goldengate", "numpy", "torch", "transformers")
 
 
+class LiveReferenceError(GoldengateError, ValueError):
+    """Hugging Face's own class fails on a toy: the message is its first line."""
+
+
 class UndecidedError(GoldengateError, ValueError):
     """The reference says one thing in fp32 and another in fp64 on a row's inputs, as where two experts tie."""
 
@@ -217,6 +221,9 @@ def live(row: str) -> Golden:
             return compute(row, "live reference", "goldengate verify")
         except UndecidedError as error:
             undecided = error
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            raise LiveReferenceError(f"{row}: Hugging Face cannot compute the toy: {why[0]}") from error
     raise UndecidedError(f"on {SEEDS_TRIED} choices of inputs: {undecided}")
 
 
