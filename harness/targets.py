@@ -107,8 +107,8 @@ def toy_file(raw: Mapping[str, Any], auto: AutoBridge, source: str) -> dict[str,
 
 def _from_the_class(raw: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """Sizes that the config leaves to its class: the class's own default would not fit a toy."""
-    values = {name: getattr(config, name, None) for name in SIZES if raw.get(name) is None}
-    return {name: value for name, value in values.items() if isinstance(value, int)}
+    stated = {name: value for name, value in config.to_dict().items() if name not in type(config).attribute_map}
+    return {name: stated[name] for name in SIZES if name not in raw and isinstance(stated.get(name), int)}
 
 
 def _family(architecture: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,13 +66,23 @@ def _differences(before: PreTrainedConfig, after: PreTrainedConfig) -> tuple[lis
     fields = sorted((names & {*before.to_dict(), *after.to_dict()}) - config_fields.MACHINERY)
 
     def value(config: PreTrainedConfig, name: str) -> Any:
-        return getattr(Seen(config, seen[id(config)]), name, None)  # type: ignore[arg-type]
+        return meant(name, getattr(Seen(config, seen[id(config)]), name, None), config.to_dict())  # type: ignore[arg-type]
 
     return [
         f"{name}: {value(after, name)!r} should be {value(before, name)!r}"
         for name in fields
         if value(before, name) != value(after, name)
     ], len(fields)
+
+
+def meant(name: str, value: Any, config: Mapping[str, Any]) -> Any:
+    """Return what a field says: a head dim that is not stated is an even share of the hidden size, and without a window its
+    pattern over layers says nothing."""
+    if name == "sliding_window_pattern" and config.get("sliding_window") is None:
+        return None
+    if name == "head_dim" and value is None:
+        return config["hidden_size"] // config["num_attention_heads"]
+    return value
 
 
 def _unsayable(original: dict, regenerated: dict, before: PreTrainedConfig, after: PreTrainedConfig) -> list[str]:
@@ -95,7 +106,9 @@ def _published_differences(original: dict, regenerated: dict, inert: frozenset[s
     return [
         f"{name}: {regenerated.get(name)!r} should be {value!r} (as published)"
         for name, value in sorted(original.items())
-        if regenerated.get(name) != value and name not in inert and not config_fields.of_the_library(name, value)
+        if meant(name, regenerated.get(name), regenerated) != value
+        and name not in inert
+        and not config_fields.of_the_library(name, value)
     ]
 
 
