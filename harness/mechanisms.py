@@ -10,6 +10,7 @@ import toy_models
 from bridges import AutoBridge, MegatronModelBridge, PreTrainedCausalLM
 from bridges.hf_pretrained import load_config
 
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_multiplier", "logits_divisor")
 # Name -> does a provider have it? A new mechanism adds its line here.
 TESTS: dict[str, Callable[[Any], Any]] = {
     "shared expert": lambda p: p.moe_shared_expert_intermediate_size,
@@ -26,6 +27,16 @@ TESTS: dict[str, Callable[[Any], Any]] = {
     "sliding window": lambda p: p.window_size,
     "partial rotary": lambda p: not p.multi_latent_attention and p.rotary_percent != 1,
     "layers without rope": lambda p: p.no_rope_freq,
+    "interleaved rope": lambda p: not p.multi_latent_attention and p.rotary_interleaved,
+    "rope by layer type": lambda p: getattr(p, "rope_by_layer_type", None),
+    "LayerNorm": lambda p: p.normalization == "LayerNorm",
+    "norms behind blocks": lambda p: getattr(p, "post_norm", False),
+    "no norms before blocks": lambda p: not getattr(p, "pre_norm", True),
+    "q/k norm over all heads": lambda p: getattr(p, "whole_qk_norm", False),
+    "q/k norm after rope": lambda p: getattr(p, "qk_norm_after_rope", False),
+    "parallel blocks": lambda p: getattr(p, "parallel_blocks", False),
+    "softcaps": lambda p: getattr(p, "attention_softcap", None) or getattr(p, "logits_softcap", None),
+    "multipliers": lambda p: any(getattr(p, name, 1.0) != 1.0 for name in MULTIPLIERS),
     "MTP": lambda p: p.mtp_num_layers,
     "tied": lambda p: p.share_embeddings_and_output_weights,
 }

@@ -97,6 +97,8 @@ def test_a_field_that_nobody_reads_changes_nothing(row):
         "_name_or_path",
         "return_dict",
     }
+    if row == "phi3_longrope":  # a method of the config writes it into rope_parameters, which are read
+        own.add("original_max_position_embeddings")
     fields = {name for name in config.to_dict() if (name not in seen or name in MACHINERY) and name not in own}
     for name in fields:
         setattr(changed, name, another(getattr(config, name)))
@@ -175,11 +177,9 @@ def test_a_field_that_becomes_one_that_is_read_counts():
 
 def test_fault_D1_all_unknown_fields_are_named_at_once():
     """What is read and unknown; where transformers has no class, whatever is unknown."""
-    raw = toy_models.config_dict("llama3")
-    with pytest.raises(
-        ConfigError, match=r"attention_bias = True.*; .*mlp_bias = True.*; .* is_causal = False, which Ll"
-    ):
-        bridge_of({**raw, "attention_bias": True, "mlp_bias": True, "is_causal": False})
+    raw = toy_models.config_dict("qwen3")
+    with pytest.raises(ConfigError, match=r"attention_bias = True.*; .* is_causal = False, which Qwen3"):
+        bridge_of({**raw, "attention_bias": True, "is_causal": False})
     raw = toy_models.config_dict("bailing_moe_v2")
     with pytest.raises(
         ConfigError, match=r"n_group, topk_group are missing.*; .*norm_head = True.*; .*use_a = 1, use_b = 2 "
@@ -241,7 +241,7 @@ def test_fault_D9_permission_is_not_asked_for_what_has_no_bridge(tmp_path):
     [
         ("LlamaForCausalM", "LlamaForCausalLM"),
         ("Qwen3MoEForCausalLM", "Qwen3MoeForCausalLM"),
-        ("NemotronHForCausalLM", None),
+        ("XLNetLMHeadModel", None),
         ("GptOssForCausalLM", None),
         ("DeepseekV32ForCausalLM", None),
         ("Gwen2ForCausalLM", "Qwen2ForCausalLM"),
