@@ -27,6 +27,15 @@ app.command("inspect")(inspect.inspect)
 app.command()(verify)
 
 
+@app.callback()
+def _project() -> None:
+    # Bridges, rows and goldens of the repository that the command is run in, if its pyproject.toml names some.
+    from harness import project
+
+    if found := project.find():
+        found.activate()
+
+
 @app.command()
 def families(json_file: JsonOption = None) -> None:
     """The rows: model type, architecture, mechanisms, and the layouts each is proven in."""

@@ -2,6 +2,7 @@
 
 - rows(): names of the rows
 - config_dict(row): the row's config.json as a dict; row_file(row): with our own keys
+- add_rows(folder), further_rows(): rows of somebody else's repository
 - guests(files): a context in which further row files count
 - shrink(config): a toy's config.json for a published one
 - hf_config(row): the transformers config made from it
@@ -28,7 +29,7 @@ from toy_models.builder import (
     reference_class,
     reference_of,
 )
-from toy_models.catalogue import amend_guest, config_dict, guests, is_guest, row_file, rows
+from toy_models.catalogue import add_rows, amend_guest, config_dict, further_rows, guests, is_guest, row_file, rows
 from toy_models.checkpoint import load, published, save, write, write_config_checkpoint
 from toy_models.randomise import SEED, random_tensor, randomise, weights_hash
 from toy_models.shrink import ShrinkError, shrink
@@ -36,9 +37,11 @@ from toy_models.shrink import ShrinkError, shrink
 __all__ = [
     "SEED",
     "ShrinkError",
+    "add_rows",
     "amend_guest",
     "build",
     "config_dict",
+    "further_rows",
     "golden_key",
     "guests",
     "hf_config",

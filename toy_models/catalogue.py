@@ -15,11 +15,46 @@ from pathlib import Path
 ROWS = Path(__file__).parent / "rows"
 
 _guests: dict[str, dict] = {}
+_further: list[Path] = []
 
 
 def rows() -> list[str]:
-    """Return the names of the rows that have a file, sorted, each base before its twins."""
-    return sorted(path.name.removesuffix(".json") for path in ROWS.glob("*.json"))
+    """Return the names of the rows that have a file, sorted, each base before its twins; those of `add_rows` come last."""
+    return [*_rows_in(ROWS), *further_rows()]
+
+
+def further_rows() -> list[str]:
+    """Return the names of the rows in the folders of `add_rows`."""
+    return sorted(name for folder in _further for name in _rows_in(folder))
+
+
+def _rows_in(folder: Path) -> list[str]:
+    return sorted(path.name.removesuffix(".json") for path in folder.glob("*.json"))
+
+
+def add_rows(folder: Path) -> None:
+    """Count the row files of a folder of somebody else as well, from now on. Adding it again changes nothing.
+
+    Raises ValueError for a folder that is not there, that holds no row, or whose row has a name that is taken.
+    """
+    if folder in _further:
+        return
+    if not folder.is_dir() or not (names := _rows_in(folder)):
+        raise ValueError(
+            f"{folder} {'holds no row (*.json)' if folder.is_dir() else 'is not a folder'}: rows come from there"
+        )
+    if taken := sorted({*names} & {*rows(), *_guests}):
+        raise ValueError(f"{folder}: there is a row named {', '.join(taken)} already: choose another name")
+    _further.append(folder)
+
+
+def home(row: str) -> Path:
+    """Return the folder that a row's file is in; ValueError: unknown row."""
+    for folder in (ROWS, *_further):
+        if row in _rows_in(folder):
+            return folder
+    near = difflib.get_close_matches(row, [*rows(), *_guests], cutoff=0.3) or rows()
+    raise ValueError(f"no toy row {row!r}; nearest: {', '.join(near)}")
 
 
 @contextmanager
@@ -61,7 +96,4 @@ def config_dict(row: str) -> dict:
 
 @cache
 def _read(row: str) -> dict:
-    if row not in rows():
-        near = difflib.get_close_matches(row, [*rows(), *_guests], cutoff=0.3) or rows()
-        raise ValueError(f"no toy row {row!r}; nearest: {', '.join(near)}")
-    return json.loads((ROWS / f"{row}.json").read_text())
+    return json.loads((home(row) / f"{row}.json").read_text())

@@ -33,6 +33,10 @@ TrustOption = Annotated[
     typer.Option("--trust-remote-code/--no-trust-remote-code", help="May code that the checkpoint ships run?"),
 ]
 
+PluginOption = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", help="A module or a Python file that registers bridges of yours; may be repeated."),
+]
 LossyOption = Annotated[bool, typer.Option("--lossy", help="Values may be rounded to a narrower dtype.")]
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16: of the model in Megatron.")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from harness.commands.options import JsonOption, TrustOption, output, words
+from harness.commands.options import JsonOption, PluginOption, TrustOption, output, words
 
 SECONDS_A_CELL = 0.3  # of one core, about; for the estimate that is printed
 
@@ -35,6 +35,7 @@ def verify(
         str | None,
         typer.Option("--save-row", help="Keep the toys of your own models here, as rows with their goldens."),
     ] = None,
+    plugin: PluginOption = None,
     trust_remote_code: TrustOption = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="That share the rows; as many as there are cores, up to 8, by default.")
@@ -44,20 +45,24 @@ def verify(
     from rich.console import Console
 
     import toy_models
+    from harness import plugins, workers
     from harness import targets as given
-    from harness import workers
     from harness.mechanisms import sample
     from harness.reference import goldens
     from harness.report.terminal import ProgressPrinter, print_table
     from harness.sweep import layouts_of, verify_rows
     from harness.targets import TargetError
 
+    for one in plugin or ():
+        plugins.load(one)
     if targets and every:
         raise TargetError("name targets or say --all, not both")
     if not targets:
         for name in goldens.orphans():
             raise TargetError(f"golden {name} has no row: delete goldens/{name}.safetensors or restore its row")
-    names = targets or (toy_models.rows() if every else sample(toy_models.rows()))
+    ours = toy_models.further_rows()  # in a repository with rows of its own these are meant, and all of them
+    every = every or bool(ours)
+    names = targets or (ours or toy_models.rows() if every else sample(toy_models.rows()))
     chosen = [given.resolve(name, trust_remote_code=trust_remote_code) for name in names]
     which, processes = words(layouts) or "quick", processes or workers.available()
     with given.as_rows(chosen) as rows:

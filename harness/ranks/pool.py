@@ -133,9 +133,11 @@ def _serve(rank: int, world_size: int, connection: Connection, folder: Path) -> 
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         _first_configurations()
+        from harness import plugins
         from harness.quiet import quiet
 
         quiet()
+        plugins.load_from_environment()
     ready = False
     while True:
         try:

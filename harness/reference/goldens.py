@@ -27,6 +27,7 @@ from harness.reference.compare import relative_rms
 from harness.reference.gradients import cotangents, fingerprints, hf_gradients, worst_difference
 
 FOLDER = Path(goldens.__file__).parent
+_further: list[Path] = []  # of repositories that are not ours
 GATE = 1e-4  # relative RMS that a Megatron model's logits may differ by, in fp32
 GRADIENT_GATE_LIMIT = 1e-3  # no row's gate for gradients may be wider
 SEEDS_TRIED = 16  # inputs of a live reference
@@ -100,13 +101,28 @@ class Drift:
 
 
 def path(row: str) -> Path:
-    """Where the row's golden lies, or would."""
-    return FOLDER / f"{row}.safetensors"
+    """Return where the row's golden lies, or would: beside ours, or for a row of `toy_models.add_rows` in the first folder of
+    `add_folder` that has it. ValueError for such a row when there is no such folder."""
+    name = f"{row}.safetensors"
+    if row not in toy_models.further_rows():
+        return FOLDER / name
+    if not _further:
+        raise ValueError(f"no folder for the golden of row {row}: name one in [tool.goldengate], goldens = [...]")
+    return next((folder / name for folder in _further if (folder / name).exists()), _further[0] / name)
+
+
+def add_folder(folder: Path) -> None:
+    """Look for goldens of rows of `toy_models.add_rows` in this folder as well, from now on. ValueError: it is not there."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: goldens lie there")
+    if folder not in _further:
+        _further.append(folder)
 
 
 def list_goldens() -> list[str]:
     """The rows that have a golden file, sorted."""
-    return sorted(file.name.removesuffix(".safetensors") for file in FOLDER.glob("*.safetensors"))
+    files = [file for folder in (FOLDER, *_further) for file in folder.glob("*.safetensors")]
+    return sorted({file.name.removesuffix(".safetensors") for file in files})
 
 
 def missing() -> list[str]:
@@ -236,7 +252,7 @@ def regen(row: str, reason: str) -> Drift:
     """Make the row's golden anew, replace the file in one step, return the drift. Errors: see `compute`."""
     new = compute(row, reason, regen_command(row, reason))
     drift = _drift(new)
-    temporary = FOLDER / f".{row}.tmp"
+    temporary = path(row).parent / f".{row}.tmp"
     temporary.write_bytes(to_bytes(new))
     os.replace(temporary, path(row))
     return drift
