@@ -184,7 +184,7 @@ def _layers(config: Mapping[str, Any], toy: Config) -> None:
     period = config.get("full_attention_interval") or config.get("decoder_sparse_step") or 1
     needed, all_layers = [LAYERS, period], []
     for name in FIRST_LAYERS:
-        first = config.get(name)
+        first: Any = config.get(name)
         if _positive(first) and first < published:
             toy[name] = min(first, 3)
             needed.append(toy[name] + 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,7 @@ def _checkpoint(found: Inspection, source: Source, auto: AutoBridge | None, held
         missing, unknown = missing_and_unknown(held, opened.tensors, auto.ignored_tensors(opened))
         repeated = auto.repeated_tensors(opened, held.provider, held.registry)
         unknown = [name for name in unknown if name not in repeated]
-        found.checkpoint = Tensors(*list(vars(found.checkpoint).values())[:3], missing, unknown, found.bridge)
+        found.checkpoint = replace(found.checkpoint, missing=missing, unknown=unknown, compared=found.bridge)
 
 
 def _tied(source: Source) -> bool:

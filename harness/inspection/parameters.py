@@ -45,7 +45,7 @@ def build(source: Source) -> PreTrainedModel | None:
 def class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """Return transformers' class, found by the architecture, or by the config's own class where the file names it otherwise
     (code that came with the model before transformers had it)."""
-    found = model_class(config)
+    found: Any = model_class(config)
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel):
         found = found or auto._model_mapping.get(type(config), None)
     return found

@@ -179,7 +179,8 @@ def _one_event_loop() -> None:
     plain: Any = torch.distributed.ProcessGroupGloo
     try:
         device = plain.create_device(interface="lo")
-        plain._Options()._devices, plain._Options()._threads, plain._Options()._timeout
+        options = plain._Options()
+        _ = options._devices, options._threads, options._timeout
     except (AttributeError, TypeError, RuntimeError) as error:
         logging.getLogger(__name__).warning(
             "torch %s: gloo groups cannot share a device (%s); ranks work, but slower", torch.__version__, error
