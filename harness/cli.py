@@ -13,6 +13,7 @@ import typer
 from harness.commands import bench, convert, golden, inspect
 from harness.commands.options import JsonOption, LayoutOption, TrustOption, write_json
 from harness.commands.verify import verify
+from harness.processes import exit_on_signals
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -132,6 +133,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     # Where a CUDA compiler is and no GPU, torch says so on import: no news, and not one line of ours.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    exit_on_signals()
     try:
         app()
     except (ValueError, RuntimeError, OSError) as error:

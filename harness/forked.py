@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bridges.errors import GoldengateError
+from harness.processes import Parent, death, keep_private
 
 
 class ForkedError(GoldengateError, RuntimeError):
@@ -22,20 +23,28 @@ def run(work: Callable[..., Any], *arguments: Any) -> Any:
     """
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(there, work, arguments))
+    keep_private(here)
+    process = context.Process(target=_answer, args=(Parent(), there, work, arguments))
     process.start()
     there.close()
     try:
         answer = here.recv()
     except EOFError:
-        answer = ForkedError("the planning process died (out of memory?)")
-    process.join()
+        process.join(5)
+        answer = ForkedError(f"the planning process {death(process.exitcode)}")
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        process.join()
+        here.close()
     if isinstance(answer, BaseException):
         raise answer
     return answer
 
 
-def _answer(connection: Any, work: Callable[..., Any], arguments: tuple) -> None:
+def _answer(parent: Parent, connection: Any, work: Callable[..., Any], arguments: tuple) -> None:
+    parent.hold(connection)
     torch.set_num_threads(1)  # the parent's threads did not come along
     try:
         answer: Any = work(*arguments)

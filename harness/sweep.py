@@ -196,13 +196,22 @@ def run_cells(bench: Bench, checks: Sequence[str]) -> list[Cell]:
         return [broken(c, error, took) for c in checks]
     took = time.perf_counter() - begin  # building and importing count towards the first check
     cells = []
+    lost: RankError | None = None  # ended the ranks that held the model
     for check in checks:
         start = time.perf_counter()
+        if lost and check in on_ranks:
+            try:
+                bench.build()
+            except Exception as error:
+                cells.append(broken(check, RankError(f"not run: {lost}; and then {error}"), took))
+                continue
+            lost = None
         try:
             outcome = FUNCTIONS[check](bench)
         except NotApplicable as reason:
             cells.append(Cell(row, layout, check, "skip", None, None, "", took, str(reason)))
         except Exception as error:
+            lost = error if isinstance(error, RankError) else lost
             cells.append(broken(check, error, took + time.perf_counter() - start))
         else:
             cells.append(made(check, outcome, took + time.perf_counter() - start))

@@ -47,7 +47,7 @@ def test_a_worker_that_dies_is_said():
     def dies(rows, cell):
         os._exit(3)
 
-    with pytest.raises(RuntimeError, match="died with exit code 3"):
+    with pytest.raises(RuntimeError, match="left with exit code 3, the second one on the rows"):
         workers.run(dies, ROWS, ORDER, 2, lambda cell: None)
 
 

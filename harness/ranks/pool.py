@@ -8,10 +8,12 @@ job, with its stack, and the pool is built anew for the next one.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import tempfile
@@ -19,14 +21,24 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from bridges.errors import GoldengateError
+from harness.processes import Parent, death, keep_private
+from harness.ranks.wire import receive, send
 
 GRACE_S = 3.0  # how long the other ranks may take once one has failed
+LOOK_S = 1.0  # between two looks whether silent ranks live
+STACK_S = 5.0  # for a rank to write where it stands
+JOIN_S, JOIN_S_PER_RANK = 120.0, 4.0  # for ranks to find each other, on a busy machine
+STOPPED = "the process is stopped (by SIGSTOP or a debugger)"
+COLLECTIVES = os.path.join("torch", "distributed", "")
+
+_place: tuple[int, int, Path] | None = None  # in a rank: its number, the world's size, the pool's folder
 
 
 class RankError(GoldengateError, RuntimeError):
@@ -38,84 +50,160 @@ class RankError(GoldengateError, RuntimeError):
 
 
 class Pool:
-    """`world_size` forked ranks. `run` is the only thing to do with it; `close` ends it."""
+    """`world_size` forked ranks in a world of their own. `run` is the only thing to do with it; `close` ends it.
+
+    Raises RankError when the ranks cannot be started or do not find each other; nothing is then left of them.
+    """
 
     def __init__(self, world_size: int):
-        self.world_size = world_size
-        self.folder = Path(tempfile.mkdtemp(prefix="goldengate-ranks-"))
-        # With a GPU ranks are new processes: a fork cannot use CUDA once its parent has, and importing fla does.
-        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+        self.world_size, self.closed = world_size, False
         self.connections: list[Connection] = []
-        self.processes = []
-        for rank in range(world_size):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, there, self.folder), daemon=True)
-            process.start()
-            there.close()
-            self.connections.append(here)
-            self.processes.append(process)
-
-    def run(self, function: Callable, *args: Any, deadline_s: float = 120.0) -> list[Any]:
-        """`function(*args)` on every rank; the results by rank. Raises RankError, after which the pool is closed."""
-        results: list[Any] = [None] * self.world_size
+        self.processes: list[Any] = []
+        self.folder = Path(tempfile.mkdtemp(prefix="goldengate-ranks-"))
         try:
-            for connection in self.connections:
-                connection.send((function, args))
+            self._start()
+            self.run(_join_world, deadline_s=JOIN_S + JOIN_S_PER_RANK * world_size)
         except OSError as error:
             self.close()
-            raise RankError(f"a rank of {self.world_size} is gone before {function.__name__}: {error}") from None
-        waiting = dict(zip(self.connections, range(self.world_size), strict=True))
-        failures: dict[int, tuple[str, str]] = {}
+            raise RankError(f"{world_size} ranks cannot be started: {error.strerror or error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        # With a GPU ranks are new processes: a fork cannot use CUDA once its parent has, and importing fla does.
+        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+        for rank in range(self.world_size):
+            here, there = context.Pipe()
+            with there:
+                keep_private(here)
+                self.connections.append(here)
+                arguments = (rank, self.world_size, there, self.folder, Parent())
+                process = context.Process(target=_serve, args=arguments, daemon=True)
+                process.start()
+                self.processes.append(process)
+
+    def run(self, function: Callable, *args: Any, deadline_s: float = 120.0) -> list[Any]:
+        """`function(*args)` on every rank; the results by rank. The deadline is for all of it, sending included.
+
+        Raises RankError. After that, or anything else that interrupts a job, the pool is closed: an answer still under way
+        would be taken for the next job's.
+        """
+        # What does not pickle is found before any rank has half a job.
+        payload = bytes(ForkingPickler.dumps((function, args)))
+        try:
+            results, failures = self._answers(payload, function.__name__, deadline_s)
+            if failures:
+                raise _joined(failures, self.world_size)
+            return results
+        except BaseException:
+            self.close()
+            raise
+
+    def _answers(self, payload: bytes, job: str, deadline_s: float) -> tuple[list[Any], dict[int, Failure]]:
         end = time.monotonic() + deadline_s
+        results: list[Any] = [None] * self.world_size
+        failures: dict[int, Failure] = {}
+        late: list[int] = []
+        waiting: dict[Any, int] = {}
+        for rank, connection in enumerate(self.connections):
+            try:
+                send(connection, payload, end)
+                waiting[connection] = rank
+            except TimeoutError:
+                late.append(rank)
+            except OSError:
+                failures[rank] = self._death(rank, job)
+        if failures or late:  # the others have a moment to say more
+            end = time.monotonic() + GRACE_S
         while waiting and (left := end - time.monotonic()) > 0:
-            for connection in wait(list(waiting), timeout=left):
-                rank = waiting.pop(connection)  # type: ignore[call-overload]
+            # A dead rank's pipe may be held open by a child of its own: look at the process now and then.
+            ready = wait(list(waiting), timeout=min(left, LOOK_S))
+            for connection in ready or [c for c, rank in waiting.items() if not self.processes[rank].is_alive()]:
+                rank = waiting.pop(connection)
                 try:
-                    ok, value = connection.recv()  # type: ignore[union-attr]
+                    ok, value = pickle.loads(receive(connection, end))  # type: ignore[arg-type]
+                except TimeoutError:
+                    late.append(rank)
+                    continue
                 except (EOFError, OSError):
-                    self.processes[rank].join(1)  # its pipe closes a moment before it has an exit code
-                    ok, value = False, (f"rank {rank} died", f"exit code {self.processes[rank].exitcode}")
+                    ok, value = False, self._death(rank, job)
                 if ok:
                     results[rank] = value
                 else:
                     failures[rank] = value
                     end = min(end, time.monotonic() + GRACE_S)
-        if not failures and not waiting:
-            return results
-        for rank in waiting.values():
-            failures.setdefault(
-                rank, (f"rank {rank} gave no answer to {function.__name__} in {deadline_s:g} s", self._stack(rank))
-            )
-        self.close()
-        raise _joined(failures, self.world_size)
+        late = sorted({*late, *waiting.values()})
+        for rank, stack in self._stacks(late).items():
+            failures.setdefault(rank, Failure(f"rank {rank} gave no answer to {job} in {deadline_s:g} s", stack))
+        return results, failures
 
-    def _stack(self, rank: int) -> str:
-        """Where a silent rank stands: it writes its Python stack when asked by signal."""
-        pid = self.processes[rank].pid
-        if pid is None or not self.processes[rank].is_alive():
-            return "the process is gone"
-        os.kill(pid, signal.SIGUSR1)
-        time.sleep(0.2)
-        return (self.folder / f"stack{rank}").read_text()
+    def _death(self, rank: int, job: str) -> Failure:
+        self.processes[rank].join(1)  # its pipe closes a moment before it has an exit code
+        return Failure(f"rank {rank} {death(self.processes[rank].exitcode)} in {job}", "the process is gone")
+
+    def _stacks(self, ranks: list[int]) -> dict[int, str]:
+        """Where silent ranks stand: each writes its Python stack when asked by signal, unless it is stopped itself."""
+        found = {rank: "the process is gone" for rank in ranks}
+        asked = [rank for rank in ranks if self.processes[rank].is_alive()]
+        for rank in asked:
+            os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        end = time.monotonic() + STACK_S
+        while asked and time.monotonic() < end:
+            time.sleep(0.05)
+            for rank in list(asked):
+                if _is_stopped(self.processes[rank].pid):
+                    found[rank] = STOPPED
+                    asked.remove(rank)
+                elif (stack := (self.folder / f"stack{rank}").read_text()).endswith("\n"):
+                    time.sleep(0.05)  # the rest of a long one
+                    found[rank] = (self.folder / f"stack{rank}").read_text() or stack
+                    asked.remove(rank)
+        found.update(dict.fromkeys(asked, "it does not say where it stands"))
+        return found
 
     def close(self) -> None:
-        for connection in self.connections:
-            connection.close()
+        """End all ranks, busy or stopped, and remove their folder."""
+        self.closed = True
         for process in self.processes:
             if process.is_alive():
                 process.kill()
             process.join()
+        for connection in self.connections:
+            connection.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _joined(failures: dict[int, tuple[str, str]], world_size: int) -> RankError:
-    """The failure that came of itself first: ranks that only lost their peer say less."""
+class Failure(NamedTuple):
+    """What went wrong on a rank, in one line, and the stack."""
 
-    def secondary(item):
-        message = item[1][0]
-        return any(word in message for word in ("Connection closed", "gave no answer", "Connection reset", "timed out"))
+    message: str
+    stack: str
 
-    ordered = sorted(failures.items(), key=lambda item: (secondary(item), item[0]))
+    @property
+    def secondary(self) -> bool:
+        """Does this rank only wait for another one, or has it only lost one?"""
+        if any(words in self.message for words in ("Connection closed", "Connection reset", "timed out")):
+            return True
+        _, _, current = self.stack.rpartition("Current thread")
+        newest = [line for line in current.splitlines() if line.lstrip().startswith("File ")][:4]
+        return "gave no answer" in self.message and any(COLLECTIVES in line for line in newest)
+
+
+def _is_stopped(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "tT"
+    return False
+
+
+def _joined(failures: dict[int, Failure], world_size: int) -> RankError:
+    """The failure that came of itself first: ranks that only wait for a peer, or lost it, say less."""
+
+    def order(item: tuple[int, Failure]):
+        _, (message, stack) = item
+        return item[1].secondary, "gave no answer" in message, STOPPED not in stack, item[0]
+
+    ordered = sorted(failures.items(), key=order)
     rank, (message, _) = ordered[0]
     notes = [f"on rank {rank}"] if world_size > 1 and not message.startswith(f"rank {rank} ") else []
     notes += [f"{len(ordered)} ranks failed"] if len(ordered) > 1 else []
@@ -123,8 +211,11 @@ def _joined(failures: dict[int, tuple[str, str]], world_size: int) -> RankError:
     return RankError(message, "\n".join(f"--- rank {rank}\n{stack}" for rank, (_, stack) in ordered))
 
 
-def _serve(rank: int, world_size: int, connection: Connection, folder: Path) -> None:
-    """A rank's life: make the world, then answer jobs until the other end closes."""
+def _serve(rank: int, world_size: int, connection: Connection, folder: Path, parent: Parent) -> None:
+    """A rank's life: answer jobs, of which the first makes the world, until the other end closes."""
+    global _place
+    parent.hold(connection)
+    _place = (rank, world_size, folder)
     stack = open(folder / f"stack{rank}", "w")  # noqa: SIM115 - lives as long as the process
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -138,25 +229,30 @@ def _serve(rank: int, world_size: int, connection: Connection, folder: Path) -> 
 
         quiet()
         plugins.load_from_environment()
-    ready = False
     while True:
         try:
-            function, args = connection.recv()
+            function, args = pickle.loads(receive(connection))
         except (EOFError, OSError):
             os._exit(0)  # no atexit: they belong to the parent
         try:
-            if not ready:
-                _join_world(rank, world_size, folder)
-                ready = True
             answer = (True, function(*args))
         except BaseException as error:
-            line = str(error).strip().splitlines()
-            kind = type(error).__name__
-            answer = (False, (f"{kind}: {line[0]}" if line else kind, traceback.format_exc()))
+            answer = (False, _failure(error))
         try:
-            connection.send(answer)
+            payload = bytes(ForkingPickler.dumps(answer))
         except Exception as error:  # an answer that does not pickle
-            connection.send((False, (f"{type(error).__name__}: {error}", traceback.format_exc())))
+            payload = bytes(
+                ForkingPickler.dumps((False, Failure(f"{type(error).__name__}: {error}", traceback.format_exc())))
+            )
+        try:
+            send(connection, payload)
+        except OSError:
+            os._exit(0)
+
+
+def _failure(error: BaseException) -> Failure:
+    line, kind = str(error).strip().splitlines(), type(error).__name__
+    return Failure(f"{kind}: {line[0]}" if line else kind, traceback.format_exc())
 
 
 def _first_configurations() -> None:
@@ -199,7 +295,10 @@ def _one_event_loop() -> None:
     torch.distributed.distributed_c10d.ProcessGroupGloo = Sharing  # type: ignore[misc]
 
 
-def _join_world(rank: int, world_size: int, folder: Path) -> None:
+def _join_world() -> None:
+    """Every rank's first job."""
+    assert _place is not None
+    rank, world_size, folder = _place
     gpu = torch.cuda.is_available()
     store = torch.distributed.FileStore(str(folder / "store"), world_size)
     if gpu:
@@ -231,11 +330,12 @@ class Ranks:
         if self._pool is None or self._pool.world_size != world_size:
             self.close()
             self._pool = Pool(world_size)
+        pool = self._pool
         try:
-            return self._pool.run(function, *args, deadline_s=deadline_s)
-        except RankError:
-            self._pool = None  # it has closed itself
-            raise
+            return pool.run(function, *args, deadline_s=deadline_s)
+        finally:
+            if pool.closed:  # whatever interrupted the job
+                self._pool = None
 
     def use_for(self, purpose: object) -> None:
         """Start with a new pool when the purpose (a layout) is another one: gloo's groups are never taken down."""
