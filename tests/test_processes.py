@@ -127,12 +127,12 @@ def test_attack_1_a_worker_killed_twice_is_reported_with_its_signal():
         workers.run(verify, ["a", "b", "c", "d"], ORDER, 2, lambda cell: None)
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, TimeoutError, SystemExit])
 def test_attack_1_a_forked_piece_of_work_names_the_signal_that_ended_it():
     with pytest.raises(forked.ForkedError, match=r"was killed by signal 9 \(SIGKILL\)"):
         forked.run(die)
 
 
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, TimeoutError, SystemExit])
 def test_attack_6_no_old_answer_after_an_interrupted_job(interruption):
     """Ctrl-C, a test's timeout, SIGTERM as an exit: the next job once got the interrupted one's answer."""
 
