@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import torch
 from torch import nn
 
 import toy_models
@@ -13,6 +12,7 @@ from bridges.conversion import tasks
 from bridges.conversion.mapping import QKVMapping
 from bridges.conversion.plan import symbol_sizes
 from bridges.conversion.walk import Walk, walk_of
+from harness.checks.localise import hf_layers
 from harness.mechanisms import mechanisms, provider_of
 
 
@@ -66,6 +66,10 @@ def test_a_walk_finds_what_a_layer_has_and_the_ends_of_the_model():
     assert walk.output_of(model) is model.language.head
     assert walk.layer_of("language.backbone.blocks.5.mixer.weight") == 5
     assert walk.layer_of("tower.0.weight") is None
+    assert (walk.embedding_weight, walk.output_weight) == (
+        "language.tokens.word_embeddings.weight",
+        "language.head.weight",
+    )
 
 
 def test_symbols_are_sizes_of_the_layer_that_a_parameter_is_in():
@@ -105,9 +109,21 @@ def test_fault_C8_experts_under_whatever_field_name_get_expert_layouts():
         assert any(layout.ep > 1 for layout in layouts_of(row, "quick")) == experts, row
 
 
-def test_a_tensor_parallel_rank_of_a_walk_is_no_layer():
-    """A module list beside the stacks keeps its names."""
+def test_a_module_list_beside_the_stacks_keeps_its_names():
     model = Composed()
     model.language.backbone.extra = nn.ModuleList([nn.Linear(2, 2, bias=False)])
     assert "language.backbone.extra.0.weight" in dict(tasks.global_tensors([model]))
-    assert torch.equal(dict(tasks.global_tensors([model]))["tower.0.bias"], model.tower[0].bias)
+
+
+def test_layers_of_a_hugging_face_model_are_found_inside_another():
+    """A decoder below a composed model, in a list of whatever name."""
+    layers = nn.ModuleList([nn.Linear(2, 2)])
+    decoder = nn.Module()
+    decoder.embed = nn.Embedding(3, 2)
+    decoder.blocks = layers
+
+    class Outer(nn.Module):
+        def get_decoder(self):
+            return decoder
+
+    assert hf_layers(Outer()) is layers

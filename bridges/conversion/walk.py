@@ -45,11 +45,13 @@ class Walk:
 
     @property
     def embedding_weight(self) -> str:
-        return self.model + EMBEDDING
+        """Return the name of the token embedding in the whole model."""
+        return f"{self.model}{self.embedding}.{EMBEDDING.partition('.')[2]}"
 
     @property
     def output_weight(self) -> str:
-        return self.model + OUTPUT
+        """Return the name of the output matrix in the whole model."""
+        return f"{self.model}{self.output}.{OUTPUT.partition('.')[2]}"
 
     def layers(self, chunk: Any) -> Iterator[Placed]:
         """Yield the layers that this rank holds of the stacks, in order."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import toy_models
+from harness.checks.localise import hf_layers
 from harness.checks.logits import assemble, gathered
 from harness.checks.outcome import NotApplicable, Outcome
 from harness.checks.subject import Bench, Subject
@@ -100,8 +101,7 @@ def hf_choices(model: torch.nn.Module, ids: torch.Tensor) -> tuple[np.ndarray, C
         return save
 
     handles = []
-    base: Any = model.base_model
-    for i, layer in enumerate(base.layers):
+    for i, layer in enumerate(hf_layers(model)):
         for name, module in layer.named_modules():
             if name.endswith(".experts") and hasattr(module, "num_experts"):
                 save = hook(f"layers.{i}.router", module.num_experts)

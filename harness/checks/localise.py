@@ -19,16 +19,21 @@ CAUSES = {
     "output": "final norm or its epsilon, output head (tied?), vocabulary order",
 }
 BLOCKS = {
-    "self_attention": ("self_attn", "self_attention", "attention", "linear_attn"),
+    "self_attention": ("self_attn", "self_attention", "attention", "linear_attn", "mixer"),
     "mlp": ("mlp", "feed_forward", "block_sparse_moe"),
 }
+
+
+def hf_layers(model: Any) -> Any:
+    """Return the decoder layers of a Hugging Face model, whatever their list is called and whatever the decoder is inside."""
+    decoder = model.get_decoder() or model.base_model
+    return next(module for module in decoder.children() if isinstance(module, torch.nn.ModuleList))
 
 
 def hf_activations(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """{"embedding", "layers.3.self_attention", "layers.3.mlp", ...: output [batch, sequence, hidden]} of a HF model."""
     found: dict[str, torch.Tensor] = {}
-    base: Any = model.base_model
-    layers: Any = next(module for module in base.children() if isinstance(module, torch.nn.ModuleList))
+    layers = hf_layers(model)
     named: dict[str, Any] = {}
     for i, layer in enumerate(layers):
         for block, names in BLOCKS.items():
