@@ -73,8 +73,7 @@ def test_a_provider_without_the_mechanism_that_a_config_asks_for_is_refused():
 @pytest.mark.parametrize(
     ("changes", "shared", "groups"),
     [
-        ({}, False, 2),
-        ({"num_ln_in_parallel_attn": None}, False, 2),  # Falcon-40B
+        ({}, False, 2),  # Falcon-40B
         ({"num_ln_in_parallel_attn": 1}, True, 2),  # Falcon2-11B
         ({"new_decoder_architecture": False, "multi_query": True, "num_kv_heads": None}, True, 1),  # Falcon-7B
     ],

@@ -46,6 +46,7 @@ PLAIN: dict[str, int] = {
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 EPSILON = 0.01
 
+FALCON_GROUPS = "num_kv_heads"
 HEADS, GROUPS, HEAD_DIM, HIDDEN = "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 TOPK = ("num_experts_per_tok", "moe_k", "top_k_experts")
@@ -90,7 +91,7 @@ def _set(config: Mapping[str, Any], toy: Config, values: Mapping[str, Any]) -> N
 def _attention(config: Mapping[str, Any], toy: Config) -> None:
     """Query heads, groups and channels: one group, some or as many as heads; together as wide as the hidden size or not."""
     heads = config[HEADS]
-    groups = config.get(GROUPS) or heads
+    groups = config.get(GROUPS) or config.get(FALCON_GROUPS) or heads
     if heads % groups:
         raise ShrinkError(f"{HEADS} = {heads} is no multiple of {GROUPS} = {groups}")
     ratio = heads // groups
@@ -111,7 +112,7 @@ def _attention(config: Mapping[str, Any], toy: Config) -> None:
         elif heads * channels < config[HIDDEN]:
             hidden += 2 * small if small == 12 else 16
     toy[HEADS], toy[HIDDEN] = small, hidden
-    _set(config, toy, {GROUPS: few, HEAD_DIM: width})
+    _set(config, toy, {GROUPS: few, FALCON_GROUPS: few, HEAD_DIM: width})
     if config.get("kv_lora_rank") and config.get(HEAD_DIM):
         # transformers' head_dim of latent attention is the rotated part.
         toy[HEAD_DIM] = PLAIN["qk_rope_head_dim"]

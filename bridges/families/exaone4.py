@@ -3,30 +3,24 @@
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Exaone4ForCausalLM
 
-from bridges.config_rules import NO_ROPE_WITHOUT_WINDOW, Fields, Rule
+from bridges.config_rules import NO_ROPE_WITHOUT_WINDOW, Rule
 from bridges.conversion.mapping import MegatronMappingRegistry
 from bridges.mechanisms.blocks import attention, embeddings, gated_mlp
 from bridges.mechanisms.branches import post_norms
 from bridges.mechanisms.decoder import DecoderProvider
 from bridges.model_bridge import MegatronModelBridge
 
-
-def _pattern_to_hf(provider) -> Fields:
-    """Local and global layers of one period, as letters. transformers wants layer_types beside them, also without windows."""
-    if not provider.window_size:
-        return {"sliding_window_pattern": None, "layer_types": ["full_attention"] * provider.num_layers}
-    letters = "".join("GL"[windowed] for windowed in provider.window_attn_skip_freq or [1] * provider.num_layers)
-    return {"sliding_window_pattern": letters[: (letters + "G").index("G") + 1]}
-
-
-PATTERN = Rule(("sliding_window_pattern",), lambda c: {}, _pattern_to_hf)  # layer_types count, which say the same
+LAYER_TYPES = Rule(  # transformers cannot do without them where there is no window
+    (), lambda c: {}, lambda p: {} if p.window_size else {"layer_types": ["full_attention"] * p.num_layers}
+)
 
 
 @MegatronModelBridge.register_bridge(
     source=Exaone4ForCausalLM, target=GPTModel, provider=DecoderProvider, model_type="exaone4"
 )
 class Exaone4Bridge(MegatronModelBridge):
-    CONFIG_RULES = (NO_ROPE_WITHOUT_WINDOW, PATTERN)
+    CONFIG_MAPPING = [*MegatronModelBridge.CONFIG_MAPPING, ("sliding_window_pattern", "window_pattern")]
+    CONFIG_RULES = (NO_ROPE_WITHOUT_WINDOW, LAYER_TYPES)
     MEGATRON_DEFAULTS = {"qk_layernorm": True, "pre_norm": False, "post_norm": True}
 
     def mapping_registry(self) -> MegatronMappingRegistry:

@@ -22,12 +22,13 @@ def _to_megatron(config: HF) -> Fields:
 
 
 def _to_hf(provider) -> Fields:
+    """As published: new models say multi_query too, which counts in old ones, and one norm only where it is one."""
     old = provider.shared_norm and provider.num_query_groups in (1, provider.num_attention_heads)
     return {
         "new_decoder_architecture": not old,
-        "multi_query": old and provider.num_query_groups == 1,
-        "num_kv_heads": provider.num_query_groups,
-        "num_ln_in_parallel_attn": None if old else 2 - provider.shared_norm,
+        "multi_query": not old or provider.num_query_groups == 1,
+        "num_kv_heads": None if old else provider.num_query_groups,
+        "num_ln_in_parallel_attn": 1 if provider.shared_norm and not old else None,
     }
 
 
