@@ -99,7 +99,7 @@ class AutoBridge:
             provider.vocab_size = self.hf_pretrained.config.vocab_size
         if load_weights and self.hf_pretrained.path is not None:
             provider.perform_initialization = False  # every tensor is about to be written
-            provider.weight_loader = self.load_hf_weights
+            provider.weight_loader = _Loader(self)
         return provider
 
     @property
@@ -265,6 +265,19 @@ class AutoBridge:
             return {CONFIG_FILE: json.dumps(config, indent=2) + "\n"}
         config = self.megatron_to_hf_config(provider, dtype=dtype)
         return {**companions(source.path), CONFIG_FILE: json.dumps(config, indent=2) + "\n"}
+
+
+class _Loader:
+    """Fills models from the bridge's checkpoint. Megatron copies configurations deeply; the open checkpoint stays one."""
+
+    def __init__(self, bridge: AutoBridge):
+        self.bridge = bridge
+
+    def __call__(self, chunks: list) -> None:
+        self.bridge.load_hf_weights(chunks)
+
+    def __deepcopy__(self, memo: dict) -> _Loader:
+        return self
 
 
 def _stored(source: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

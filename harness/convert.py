@@ -199,7 +199,8 @@ class _Conversion:
         bridge.to_megatron_provider(load_weights=False).apply_layout(self.layout).check_layout()
         companions(source)
         self.nbytes = sum(info.nbytes for info in bridge.hf_pretrained.checkpoint.tensors.values())
-        cpu_substitutions.install()
+        if not torch.cuda.is_available():
+            cpu_substitutions.install()
         torch.set_num_threads(1)
         import multiprocessing
 
@@ -303,7 +304,8 @@ def _build(source: str, trust: bool | None, layout: Layout, dtype: torch.dtype |
 
 
 def _count(_name: str) -> None:
-    assert _counter is not None
+    if _counter is None:
+        return  # with a GPU ranks are new processes, which do not share it: the bar waits for the end
     with _counter.get_lock():
         _counter.value += 1
 

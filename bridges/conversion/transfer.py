@@ -18,8 +18,22 @@ Progress = Callable[[str], None]
 
 
 def box_view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """The block of a contiguous tensor that a box describes, as a view."""
-    return tensor.detach().as_strided(box.sizes, box.strides, tensor.storage_offset() + box.offset)
+    """The block of a contiguous tensor that a box describes, as a view.
+
+    Raises PlanError for a tensor whose memory is not plainly its values: a strided view, or a subclass that computes them.
+    """
+    plain = tensor.detach()
+    if type(plain) is not torch.Tensor:
+        raise PlanError(
+            f"a {type(plain).__name__} of {list(tensor.shape)} is no plain tensor: a view of it would be of a temporary copy; "
+            "convert with parameters in a plain dtype (for Transformer Engine: without fp8 parameters)"
+        )
+    if not plain.is_contiguous():
+        raise PlanError(
+            f"a tensor of {list(tensor.shape)} with strides {list(plain.stride())} is not contiguous: its blocks are not "
+            "where the plan says; make it contiguous()"
+        )
+    return plain.as_strided(box.sizes, box.strides, tensor.storage_offset() + box.offset)
 
 
 @torch.no_grad()

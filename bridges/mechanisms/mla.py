@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer import mla_qk_norm_config
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from bridges.config_rules import Fields, Rule
@@ -32,9 +32,13 @@ class MLAModelProvider(GPTModelProvider, MLATransformerConfig):  # type: ignore[
     def finalize(self) -> MLAModelProvider:
         if not self._final:
             self.num_query_groups = self.num_attention_heads
-            _no_norm_before_whole_query()
         super().finalize()
         return self
+
+    def edit_layer(self, spec: Any) -> None:
+        super().edit_layer(spec)
+        if spec.submodules.self_attention.module is MLASelfAttention:
+            spec.submodules.self_attention.module = _MLASelfAttention
 
     def provide(self, *args, **kwargs) -> GPTModel:
         model = super().provide(*args, **kwargs)
@@ -49,24 +53,15 @@ class MLAModelProvider(GPTModelProvider, MLATransformerConfig):  # type: ignore[
         return None
 
 
-def _no_norm_before_whole_query() -> None:
-    """Without a query latent Megatron 0.19 puts a norm in front of the query projection that no published model has.
+class _MLASelfAttention(MLASelfAttention):
+    """Without a query latent Megatron 0.19 puts a norm in front of the query projection that no published model has; here
+    it is the projection that the layer spec asks for."""
 
-    Its resolver is told to take the projection that the layer spec asks for.
-    """
-    resolver = mla_qk_norm_config.QKNormConfigResolver
-    original = resolver._resolve_mla_qk_layernorm
-    if hasattr(original, "corrected"):
-        return
-
-    def resolve(self) -> Any:
-        result = original(self)
-        if not self.has_q_lora:
-            result["linear_q_proj"] = self.submodules.linear_q_proj or self.linear_impl
-        return result
-
-    resolve.corrected = True  # type: ignore[attr-defined]
-    resolver._resolve_mla_qk_layernorm = resolve
+    def _resolve_qk_norm_config(self, submodules: Any) -> Any:
+        found = super()._resolve_qk_norm_config(submodules)
+        if self.config.q_lora_rank is None:
+            found["linear_q_proj"] = submodules.linear_q_proj or found["linear_q_proj"]
+        return found
 
 
 CONFIG_MAPPING = [

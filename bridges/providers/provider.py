@@ -6,6 +6,7 @@ A provider *is* a TransformerConfig with the model's vocabulary, rope and pipeli
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridges.conversion.walk import Walk
 from bridges.layout import Layout
-from bridges.providers import routing
+from bridges.providers import lock, pipeline, routing
 from bridges.providers.groups import ensure_process_groups
 from bridges.providers.rope import Rotary, inverse_frequencies, scale_rotation
 
@@ -78,6 +79,10 @@ class GPTModelProvider(TransformerConfig):
         # Set by AutoBridge: fills the chunks of a model from the checkpoint it was made for.
         self.weight_loader: Callable[[list], None] | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        lock.check(self, name)
+        super().__setattr__(name, value)
+
     # -- derived -----------------------------------------------------------------------------------------------------
 
     @property
@@ -101,6 +106,8 @@ class GPTModelProvider(TransformerConfig):
     def apply_layout(self, layout: Layout | str) -> GPTModelProvider:
         """Set every parallel size from a layout; returns self."""
         layout = Layout.parse(layout)
+        if self._final:
+            raise lock.locked("its layout")
         self.tensor_model_parallel_size = layout.tp
         self.pipeline_model_parallel_size = layout.pp
         self.virtual_pipeline_model_parallel_size = layout.vpp if layout.vpp > 1 else None
@@ -135,6 +142,12 @@ class GPTModelProvider(TransformerConfig):
         """Derive and validate everything; after this the parallel sizes are fixed. Calling it twice is fine."""
         if self._final:
             return self
+        if self.get_transformer_config() is not self:
+            raise lock.ProviderError(
+                f"{type(self).__name__}.get_transformer_config() returns another object than the provider, which is the "
+                "configuration: change the one that super().get_transformer_config() returns, and return that"
+            )
+        pipeline.read_settings(self)
         self.use_cpu_initialization = not torch.cuda.is_available()
         if self.pipeline_model_parallel_size > 1 and self.pipeline_dtype is None:
             self.pipeline_dtype = self.params_dtype
@@ -158,7 +171,7 @@ class GPTModelProvider(TransformerConfig):
         return self
 
     def get_transformer_config(self) -> TransformerConfig:
-        """The Megatron-Core configuration; a provider is one itself."""
+        """The Megatron-Core configuration; a provider is one itself. finalize() calls it first: what an override sets counts."""
         return self
 
     def rope_frequencies(self) -> torch.Tensor | None:
@@ -208,8 +221,30 @@ class GPTModelProvider(TransformerConfig):
         """The specs of all decoder layers, on whatever stage they are."""
         return self._edit(gpt_layer_specs.get_gpt_decoder_layer_specs(self, use_transformer_engine=True))
 
-    def provide(self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> GPTModel:
-        """One model chunk for this rank (process groups must exist)."""
+    def get_layer_spec(self) -> Any:
+        """What the decoder's layers are made of: anything that `transformer_layer_spec` may be. Override it to build others."""
+        return self.layer_spec
+
+    def _layer_spec(self, given: Any, vp_stage: int | None) -> Any:
+        spec = self.get_layer_spec() if given is None else given
+        if not callable(spec):
+            return spec
+        names = list(inspect.signature(spec).parameters)
+        config = [self] if names and names[0] != "vp_stage" else []
+        return spec(*config, **({"vp_stage": vp_stage} if "vp_stage" in names else {}))
+
+    def provide(
+        self,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        transformer_layer_spec: Any = None,
+    ) -> GPTModel:
+        """One model chunk for this rank (process groups must exist).
+
+        `transformer_layer_spec` is Megatron's spec of a layer or of a block, or a function that makes one of the
+        configuration and `vp_stage`, as far as it takes them; None: what get_layer_spec() returns.
+        """
         if not self._final:
             raise ValueError(
                 "call provider.finalize() before building a model: it validates and locks the configuration"
@@ -218,7 +253,7 @@ class GPTModelProvider(TransformerConfig):
             raise ValueError(f"provider.vocab_size is {self.vocab_size}: set it before building a model")
         model = GPTModel(
             config=self,
-            transformer_layer_spec=self.layer_spec(vp_stage),
+            transformer_layer_spec=self._layer_spec(transformer_layer_spec, vp_stage),
             mtp_block_spec=self.mtp_spec(vp_stage),
             vocab_size=self.padded_vocab_size,
             max_sequence_length=self.max_position_embeddings,
@@ -244,7 +279,7 @@ class GPTModelProvider(TransformerConfig):
         self.finish(model)
         return model
 
-    def provide_chunks(self) -> list:
+    def provide_chunks(self, transformer_layer_spec: Any = None) -> list:
         """This rank's model chunks, one per virtual stage, where Megatron's groups exist; on torch's default device."""
         vpp = self.virtual_pipeline_model_parallel_size
         chunks = []
@@ -254,18 +289,19 @@ class GPTModelProvider(TransformerConfig):
                 pre_process=parallel_state.is_pipeline_first_stage(**at),
                 post_process=parallel_state.is_pipeline_last_stage(**at),
                 vp_stage=stage if vpp else None,
+                **({} if transformer_layer_spec is None else {"transformer_layer_spec": transformer_layer_spec}),
             )
             chunks.append(chunk)
         return chunks
 
-    def provide_distributed_model(self, wrap_with_ddp: bool = True) -> list:
+    def provide_distributed_model(self, wrap_with_ddp: bool = True, *, transformer_layer_spec: Any = None) -> list:
         """This rank's model chunks, one per virtual stage; process groups are made when there are none.
 
         Without torchrun's environment a world of one rank is made. With `wrap_with_ddp` each chunk is wrapped in
-        Megatron's DistributedDataParallel.
+        Megatron's DistributedDataParallel. `transformer_layer_spec` is as in `provide`.
         """
         ensure_process_groups(self)
-        chunks = self.provide_chunks()
+        chunks = self.provide_chunks(transformer_layer_spec)
         if torch.cuda.is_available():
             for chunk in chunks:
                 chunk.cuda()

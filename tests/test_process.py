@@ -1,0 +1,141 @@
+"""A library among others: copies, locks and hooks of providers and bridges (faults B)."""
+
+import copy
+
+import pytest
+import torch
+
+import toy_models
+from bridges import AutoBridge, GoldengateError, GPTModelProvider, PlanError
+from bridges.conversion.transfer import box_view
+from bridges.conversion.views import Box
+from bridges.providers.lock import ProviderError
+from harness import forked
+
+
+def _twice(folder, out) -> list[list[str]]:
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    wrong = []
+    for n in range(2):
+        model = bridge.to_megatron_provider().finalize().provide_distributed_model(wrap_with_ddp=False)
+        bridge.save_hf_pretrained(model, out / str(n))
+        again = AutoBridge.from_hf_pretrained(out / str(n)).hf_pretrained.checkpoint
+        source = bridge.hf_pretrained.checkpoint
+        wrong.append([name for name in source.tensors if not torch.equal(source.view(name), again.view(name))])
+    return wrong
+
+
+@pytest.mark.parametrize("row", toy_models.rows())
+def test_fault_B1_the_path_of_the_readme_twice_from_one_bridge(row, tmp_path):
+    folder = toy_models.write(row, tmp_path / "hf", shards=1)
+    assert forked.run(_twice, folder, tmp_path) == [[], []]
+
+
+def _small(**fields) -> GPTModelProvider:
+    sizes = {"num_layers": 8, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64, "vocab_size": 64}
+    return GPTModelProvider(**{**sizes, **fields})
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "tensor_model_parallel_size", "rope_scaling", "weight_loader"])
+def test_fault_B2_finalize_locks(name):
+    provider = _small()
+    provider.hidden_size = 64
+    provider.finalize()
+    with pytest.raises(ProviderError, match=f"provider.{name} cannot be set after"):
+        setattr(provider, name, None)
+    with pytest.raises(GoldengateError, match="layout"):
+        provider.apply_layout("tp2")
+    assert copy.deepcopy(provider).hidden_size == copy.copy(provider).hidden_size == 64
+    provider.finalize_model_grads_func = print  # what training hangs on it
+
+
+def test_fault_B2_a_misspelt_field_is_an_error():
+    provider = _small()
+    for _ in range(2):
+        with pytest.raises(
+            ProviderError, match="no field tensor_model_paralel_size; did you mean tensor_model_parallel_size"
+        ):
+            provider.tensor_model_paralel_size = 2
+        provider.finalize()
+
+
+@pytest.mark.parametrize(
+    ("fields", "split"),
+    [
+        ({"pipeline_model_parallel_layout": "Et*3|t*5L"}, (3, 5)),
+        ({"num_layers_in_first_pipeline_stage": 3}, (3, 5)),
+        ({"num_layers_in_last_pipeline_stage": 3}, (5, 3)),
+        ({"num_layers_per_chunk": (2, 6), "pipeline_model_parallel_layout": "Ett|t*6L"}, (2, 6)),
+    ],
+)
+def test_fault_B3_the_split_that_a_user_sets_is_built(fields, split):
+    provider = _small(pipeline_model_parallel_size=2, **fields).finalize()
+    assert provider.layout.split == split
+    stages = provider.pipeline_model_parallel_layout.layout
+    assert tuple(sum(str(t).endswith("decoder") for t in stage[0]) for stage in stages) == split
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"account_for_embedding_in_pipeline_split": True},
+        {"account_for_loss_in_pipeline_split": True},
+        {"pipeline_model_parallel_layout": "E|t*8L", "num_layers_in_first_pipeline_stage": 3},
+        {"pipeline_model_parallel_layout": "Et*4|t*4|L"},
+        {"num_layers_in_first_pipeline_stage": 9},
+    ],
+)
+def test_fault_B3_what_is_not_built_is_refused_by_name(fields):
+    with pytest.raises(ProviderError, match=next(iter(fields))):
+        _small(pipeline_model_parallel_size=2, **fields).finalize()
+
+
+def _hooks() -> tuple[float, list[str]]:
+    seen = []
+
+    class Own(GPTModelProvider):
+        def __init__(self, scale: float = 1.0, **kwargs):
+            super().__init__(**kwargs)
+            self.scale = scale
+
+        def get_transformer_config(self):
+            config = super().get_transformer_config()
+            config.layernorm_epsilon = self.scale
+            return config
+
+        def get_layer_spec(self):
+            seen.append("get_layer_spec")
+            return super().get_layer_spec()
+
+        def provide_distributed_model(self, **kwargs):
+            return super().provide_distributed_model(transformer_layer_spec=self.get_layer_spec(), **kwargs)
+
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64, "vocab_size": 64}
+    model = Own(scale=0.25, **sizes).finalize().provide_distributed_model(wrap_with_ddp=False)
+    return model[0].decoder.final_layernorm.eps, seen
+
+
+def test_fault_B4_hooks_of_a_provider_are_run():
+    assert forked.run(_hooks) == (0.25, ["get_layer_spec"])
+
+
+class _Computed(torch.Tensor):
+    """A tensor whose values are not its memory, as Transformer Engine's fp8 tensors are."""
+
+
+def test_fault_B7_a_view_of_what_is_no_plain_memory_is_refused():
+    box = Box(0, (2,), (1,))
+    with pytest.raises(PlanError, match="not contiguous"):
+        box_view(torch.zeros(4, 4).t(), box)
+    with pytest.raises(PlanError, match="_Computed"):
+        box_view(torch.zeros(4, 4).as_subclass(_Computed), box)
+    assert box_view(torch.nn.Parameter(torch.ones(4, 4)), box).tolist() == [1, 1]
+
+
+def test_fault_B5_megatrons_own_classes_are_as_they_were(tmp_path):
+    from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
+
+    before = QKNormConfigResolver._resolve_mla_qk_layernorm
+    folder = toy_models.write("deepseek_v3", tmp_path / "hf", shards=1)
+    AutoBridge.from_hf_pretrained(folder).to_megatron_provider().finalize()
+    assert QKNormConfigResolver._resolve_mla_qk_layernorm is before
