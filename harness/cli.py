@@ -1,15 +1,18 @@
-"""The `goldengate` command. Exit 0: all green, 1: a mismatch, 2: usage or bad input (one line says what)."""
+"""The `goldengate` command. Exit 0: all green, 1: a mismatch, 2: usage or bad input (one line says what),
+3: a bug of goldengate's own, with its traceback."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+import traceback
 import warnings
 from typing import Annotated
 
 import typer
 
+from bridges.errors import GoldengateError
 from harness.commands import bench, convert, golden, inspect
 from harness.commands.options import JsonOption, LayoutOption, TrustOption, write_json
 from harness.commands.verify import verify
@@ -35,6 +38,16 @@ def _project() -> None:
 
     if found := project.find():
         found.activate()
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Stacks of errors, those of ranks too (also: GOLDENGATE_DEBUG=1).")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["GOLDENGATE_DEBUG"] = "1"
 
 
 @app.command()
@@ -136,12 +149,17 @@ def main() -> None:
     exit_on_signals()
     try:
         app()
-    except (ValueError, RuntimeError, OSError) as error:
+    except (GoldengateError, ValueError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"goldengate: {lines[0]}", file=sys.stderr)
         if os.environ.get("GOLDENGATE_DEBUG"):
-            raise
+            traceback.print_exc()
+            print(getattr(error, "stack", ""), file=sys.stderr)  # of the rank, where it was raised on one
+        print(f"goldengate: {lines[0]}", file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        print("goldengate: this is a bug of goldengate, not of its input", file=sys.stderr)
+        sys.exit(3)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,7 @@ def run_cells(bench: Bench, checks: Sequence[str]) -> list[Cell]:
             "",
             took,
             f"{type(error).__name__}: {error}" if not isinstance(error, RankError) else str(error),
+            error.stack if isinstance(error, RankError) else "".join(traceback.format_exception(error)),
         )
 
     try:

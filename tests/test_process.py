@@ -139,3 +139,47 @@ def test_fault_B5_megatrons_own_classes_are_as_they_were(tmp_path):
     folder = toy_models.write("deepseek_v3", tmp_path / "hf", shards=1)
     AutoBridge.from_hf_pretrained(folder).to_megatron_provider().finalize()
     assert QKNormConfigResolver._resolve_mla_qk_layernorm is before
+
+
+def _asynchronous() -> list[bool]:
+    import torch.distributed as dist
+
+    from bridges.providers import cpu_substitutions
+
+    cpu_substitutions.install()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    output = torch.zeros(2)
+    work = dist.reduce_scatter(output, [torch.ones(2)], async_op=True)
+    return [work.wait(), bool(output.eq(1).all())]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the substitutions are for machines without a GPU")
+def test_fault_B5_collectives_keep_async_op():
+    assert forked.run(_asynchronous) == [True, True]
+
+
+def test_fault_B8_a_bug_is_no_bad_input_and_bad_input_shows_its_stack(monkeypatch, capsys):
+    from harness import cli
+
+    for debug in ("", "1"):
+        monkeypatch.setenv("GOLDENGATE_DEBUG", debug)
+        for error, code in ((RuntimeError("ours"), 3), (PlanError("theirs"), 2)):
+
+            def fail(error=error):
+                raise error
+
+            monkeypatch.setattr(cli, "app", fail)
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert ended.value.code == code
+            assert ("Traceback" in capsys.readouterr().err) == (code == 3 or bool(debug))
+
+
+def test_fault_B8_the_stack_of_a_rank_is_in_the_report(monkeypatch):
+    from harness.report.cells import Cell, Report
+    from harness.report.page import page
+
+    cell = Cell("llama3", "tp1", "logits", "error", None, None, "", 0.1, "no expert 7", "--- rank 1\nin break_on")
+    report = Report([], [cell], {}, 1.0)
+    assert Report.from_json(report.to_json()).cells == [cell]
+    assert "in break_on" in page(report)

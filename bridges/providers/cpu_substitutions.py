@@ -57,7 +57,7 @@ def _all_gather(outputs, tensor, group=None, async_op=False, *, original=torch.d
     original(whole, padded, group=group)
     for output, piece in zip(outputs, whole, strict=True):
         output.copy_(piece[: output.size(0)])
-    return None
+    return _Done() if async_op else None
 
 
 def _reduce_scatter(output, inputs, op=torch.distributed.ReduceOp.SUM, group=None, async_op=False):
@@ -65,6 +65,17 @@ def _reduce_scatter(output, inputs, op=torch.distributed.ReduceOp.SUM, group=Non
     whole = torch.cat(inputs)
     torch.distributed.all_reduce(whole, op=op, group=group)
     output.copy_(whole.split([i.size(0) for i in inputs])[torch.distributed.get_rank(group)])
+    return _Done() if async_op else None
+
+
+class _Done:
+    """What a collective with async_op gives when it is over already."""
+
+    def wait(self, timeout: Any = None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
 
 
 # torch.distributed functions that gloo has only in part.

@@ -54,6 +54,7 @@ class Cell:
     unit: str
     seconds: float
     detail: str
+    stack: str = ""  # of an error: where it was raised, on every rank that failed
 
     def __post_init__(self) -> None:
         where = f"cell {self.row} {self.layout} {self.check}"
@@ -114,7 +115,7 @@ class Report:
         """The shape that `verify --json` promises; NaN and infinities as strings, for strict parsers."""
         data = {
             "rows": self.rows,
-            "cells": [asdict(c) for c in self.cells],
+            "cells": [{k: v for k, v in asdict(c).items() if k != "stack" or v} for c in self.cells],
             "summary": self.summary(),
             "environment": self.environment,
             "speed": self.speed,

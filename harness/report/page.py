@@ -109,7 +109,8 @@ def _matrix(report: Report, checks: list[str], keys: dict[tuple[str, str], str])
 def _failure(c: Cell, key: str) -> str:
     where = _tag("a", escape(c.row), " ", _tag("code", escape(c.layout)), href=f"#{key}")
     line = _tag("b", LETTERS[c.status], class_=c.status), where, escape(c.check), escape(c.says)
-    return _tag("tr", *(_tag("td", x) for x in line), _tag("td", _tag("pre", escape(c.detail))))
+    stack = _tag("details", _tag("summary", "stack"), _tag("pre", escape(c.stack))) if c.stack else ""
+    return _tag("tr", *(_tag("td", x) for x in line), _tag("td", _tag("pre", escape(c.detail)), stack))
 
 
 def page(report: Report) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from contextlib import AbstractContextManager
 
@@ -38,6 +39,7 @@ def print_table(report: Report, console: Console) -> None:
     console.print(table, "")
     for c in (c for status in ("fail", "error") for c in report.cells if c.status == status):
         lines = [f"{c.row}  {c.layout}  {c.check}  {c.says}", *c.detail.splitlines()]
+        lines += c.stack.splitlines() if os.environ.get("GOLDENGATE_DEBUG") else []
         console.print(Text.assemble((f"{WORDS[c.status]:6}", STYLES[c.status]), "\n      ".join(lines)))
     for reason, count in Counter(c.detail for c in report.cells if c.status == "skip").most_common():
         console.print(Text(f"{WORDS['skip']:6}{count:,} x {reason}", STYLES["skip"]))
