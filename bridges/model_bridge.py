@@ -41,6 +41,10 @@ class Registration:
 _REGISTERED: dict[str, Registration] = {}
 
 
+def _is_ours(bridge: type) -> bool:
+    return bridge.__module__.startswith("bridges.families.")
+
+
 class MegatronModelBridge:
     """Base of all bridges. Subclasses are stateless; the model at hand comes in as an argument."""
 
@@ -119,7 +123,12 @@ class MegatronModelBridge:
                     architecture,
                 )
             registration = Registration(bridge, architecture, target, provider or GPTModelProvider, model_type, aliases)
-            bridge.registration = _REGISTERED[architecture] = registration
+            bridge.registration = registration
+            # Our families are imported late: a bridge that somebody registered before that stays.
+            if not (
+                _is_ours(bridge) and architecture in _REGISTERED and not _is_ours(_REGISTERED[architecture].bridge)
+            ):
+                _REGISTERED[architecture] = registration
             return bridge
 
         return register

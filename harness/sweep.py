@@ -25,7 +25,7 @@ from harness.checks.outcome import NotApplicable, Outcome
 from harness.checks.subject import Bench, Subject
 from harness.checks.table import CHECKS, FUNCTIONS
 from harness.mechanisms import mechanisms, provider_of
-from harness.quiet import quiet
+from harness.quiet import noise, quiet
 from harness.ranks import jobs
 from harness.ranks.pool import RankError, Ranks
 from harness.report.cells import Cell, Report
@@ -88,6 +88,7 @@ def verify_rows(
     chosen = {row: layouts_of(row, which, bridge) for row in rows}
     order = list(dict.fromkeys(layout for found in chosen.values() for layout in found))
     order.sort(key=lambda layout: (layout.world_size, layout.pp, layout.ep))
+    restore_noise = noise()
     quiet()
     if not torch.cuda.is_available():
         cpu_substitutions.install()
@@ -103,6 +104,7 @@ def verify_rows(
         cells = share(rows, cell) if alone else workers.run(share, rows, order, processes, cell)
     finally:
         torch.set_num_threads(threads)
+        restore_noise()
     return Report(
         rows=[describe(row, chosen[row], bridge) for row in rows],
         cells=cells,

@@ -183,3 +183,42 @@ def test_fault_B8_the_stack_of_a_rank_is_in_the_report(monkeypatch):
     report = Report([], [cell], {}, 1.0)
     assert Report.from_json(report.to_json()).cells == [cell]
     assert "in break_on" in page(report)
+
+
+def _registered_before() -> bool:
+    import importlib
+
+    import bridges.families.llama as ours
+    from bridges import model_bridge
+
+    class Mine(model_bridge.MegatronModelBridge):
+        pass
+
+    register = model_bridge.MegatronModelBridge.register_bridge(source="LlamaForCausalLM")
+    register(Mine)
+    importlib.reload(ours)
+    return model_bridge._REGISTERED["LlamaForCausalLM"].bridge is Mine
+
+
+def test_fault_B5_a_bridge_that_a_user_registered_first_stays():
+    assert forked.run(_registered_before)
+
+
+def test_fault_B5_verify_leaves_warnings_loggers_and_environment(monkeypatch):
+    import logging
+    import os
+    import warnings
+
+    import harness
+
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.delenv(name, raising=False)
+    logging.getLogger("megatron").setLevel(logging.INFO)
+
+    def state():
+        levels = [logging.getLogger(name).level for name in ("megatron", "transformers", "torch")]
+        return list(warnings.filters), levels, dict(os.environ)
+
+    before = state()
+    assert harness.verify("llama3", layouts="tp1", checks=["roundtrip"]).ok
+    assert state() == before
