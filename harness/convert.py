@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import shutil
-import tempfile
 import textwrap
 import threading
 import time
@@ -22,7 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bridges import AutoBridge, CheckpointError, Layout
 from bridges.checkpoints.companions import companions
 from bridges.checkpoints.comparison import same_bytes
-from bridges.checkpoints.megatron import ITERATION, locate, write_identity
+from bridges.checkpoints.megatron import ITERATION, check_digests, locate, write_digests, write_identity
+from bridges.checkpoints.ownership import check_free, clear, must_be_new, own_folder, scratch_folder
 from bridges.checkpoints.reader import Checkpoint
 from bridges.conversion.agreement import of_all_ranks
 from bridges.providers import cpu_substitutions
@@ -31,6 +31,7 @@ from harness.checks.outcome import first_few
 from harness.quiet import quiet
 from harness.ranks import jobs
 from harness.ranks.pool import Ranks
+from harness.report.conversion import say
 
 DEADLINE_S = 24 * 3600.0
 DTYPES = ("float32", "bfloat16", "float16")
@@ -54,8 +55,8 @@ def roundtrip(
     if not source.is_dir():
         raise CheckpointError(f"{source} is not a folder: give a Hugging Face checkpoint")
     if target is not None:
-        _must_be_new(target)
-    scratch = Path(tempfile.mkdtemp(prefix="goldengate-", dir=source.parent if target is None else None))
+        must_be_new(target)
+    scratch, journal = scratch_folder(None if target else source.parent)
     out = target or scratch / "exported"
     try:
         with _Conversion(source, layout_text, trust, dtype) as conversion:
@@ -75,10 +76,11 @@ def roundtrip(
             "peak_mib": memory,
             "differences": differences,
         }
-        _say(result)
+        say(result)
         return result
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        journal.close(remove=False)
 
 
 def import_checkpoint(
@@ -91,23 +93,16 @@ def import_checkpoint(
     lossy: bool = False,
 ) -> dict[str, Any]:
     """Hugging Face -> Megatron's own distributed checkpoint of `dtype` (else as the config says), written by all ranks."""
-    _must_be_new(target)
-    with _Conversion(source, layout_text, trust, dtype) as conversion:
+    must_be_new(target)
+    with _Conversion(source, layout_text, trust, dtype) as conversion, own_folder(target) as part:
         took = conversion.run("import", _import, lossy)
         if (free := shutil.disk_usage(target.parent).free) < conversion.nbytes:
             raise CheckpointError(f"{target} takes {conversion.nbytes} bytes, {free} are free; make room")
-        part = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(part, ignore_errors=True)
-        (part / ITERATION).mkdir(parents=True)
-        try:
-            saved = conversion.run("save", _save, str(part / ITERATION))
-            bridge = conversion.bridge
-            write_identity(
-                part, bridge.hf_pretrained.checkpoint, bridge.ignored_tensors(bridge.hf_pretrained.checkpoint)
-            )
-            part.rename(target)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        (part / ITERATION).mkdir()
+        saved = conversion.run("save", _save, str(part / ITERATION))
+        bridge = conversion.bridge
+        write_identity(part, bridge.hf_pretrained.checkpoint, bridge.ignored_tensors(bridge.hf_pretrained.checkpoint))
+        write_digests(part)
         return {
             "layout": str(conversion.layout),
             "bytes": conversion.nbytes,
@@ -134,11 +129,13 @@ def export_checkpoint(
     """
     as_dtype = _dtype(dtype)
     checkpoint, identity = locate(source)
-    _must_be_new(target)
+    must_be_new(target)
     if reference is None and identity is None:
         raise CheckpointError(f"{source} does not say which model it is of: give a Hugging Face folder of it with --hf")
     if reference is not None and identity is not None:
         _must_be_of(identity, reference, trust)
+    if identity is not None:
+        check_digests(identity, checkpoint)
     with _Conversion(reference or identity, layout_text, trust) as conversion:
         took = conversion.run("load", _load, str(checkpoint))
         wrote = conversion.export(target, as_dtype, lossy)
@@ -170,15 +167,6 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name not in (None, *DTYPES):
         raise ValueError(f"--dtype {name!r} is not known; choose one of {', '.join(DTYPES)}")
     return getattr(torch, name) if name else None
-
-
-def _must_be_new(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} is not empty: empty it or choose another folder")
-    if not target.parent.is_dir():
-        raise CheckpointError(f"{target.parent} is not a folder: make it before writing {target.name}")
-    if not os.access(target if target.exists() else target.parent, os.W_OK):
-        raise CheckpointError(f"{target} cannot be written: permission denied; choose another folder")
 
 
 class _Conversion:
@@ -245,11 +233,13 @@ class _Conversion:
     def export(self, target: Path, dtype: torch.dtype | None, lossy: bool) -> float:
         """`run` the export; when it fails `target` is as it was, also when a rank was killed and could not tidy up."""
         existed = target.exists()
+        check_free(target)
         try:
             return self.run("export", _export, str(target), dtype, lossy)
         except BaseException:
-            for file in target.glob(".*.partial"):
-                file.unlink(missing_ok=True)
+            self.ranks.close()  # who are dead or done for: the journal is free
+            with contextlib.suppress(CheckpointError):  # another run's
+                clear(target)
             if not existed:
                 with contextlib.suppress(OSError):
                     target.rmdir()
@@ -263,26 +253,6 @@ class _Conversion:
 
     def __exit__(self, *_) -> None:
         self.ranks.close()
-
-
-def _say(result: dict[str, Any]) -> None:
-    console, gb = Console(stderr=True), result["bytes"] / 1e9
-    console.print(
-        f"{gb:.2f} GB: import {result['import_s']:.1f} s ({gb / result['import_s']:.2f} GB/s), "
-        f"export {result['export_s']:.1f} s ({gb / result['export_s']:.2f} GB/s), compared in "
-        f"{result['compare_s']:.1f} s",
-        highlight=False,
-    )
-    for rank, m in enumerate(result["peak_mib"]):
-        console.print(
-            f"rank {rank}: {m['private']:,.0f} MiB of its own ({m['parameters']:,.0f} MiB parameters), peak with "
-            f"mapped files {m['peak']:,.0f} MiB",
-            highlight=False,
-        )
-    for line in result["differences"]:
-        console.print(f"DIFFERS  {line}", highlight=False, markup=False, soft_wrap=True)
-    if not result["differences"]:
-        console.print(f"bit-exact in {result['layout']}", highlight=False)
 
 
 # -- on ranks --------------------------------------------------------------------------------------------------------

@@ -607,7 +607,7 @@ def test_a_rank_killed_in_the_middle_leaves_nothing(good, megatron, tmp_path, ki
             convert._count = count_and_kill
 
     args = command(kind, good, megatron, tmp_path / "target")
-    refused(tmp_path, *args, says=rf"goldengate: rank {rank} died", before=before)
+    refused(tmp_path, *args, says=rf"goldengate: rank {rank} was killed by signal 9", before=before)
 
 
 # What is right in form and wrong in substance: exit code 1.

@@ -23,6 +23,7 @@ LEFT_BEHIND = (
         "iter_*/*",
         "latest_checkpointed_iteration.txt",
         "goldengate_outline.json",
+        "goldengate_digests.json",
     ),  # Megatron's, see checkpoints.megatron
     *("checkpoint-*/*", "global_step*/*", "trainer_state.json", "*tfevents*"),
     *(".*", "*/.*", "__pycache__/*", "*/__pycache__/*"),

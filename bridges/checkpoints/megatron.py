@@ -4,28 +4,32 @@ folder/config.json, tokenizer, ...           the files that travel with the mode
 folder/iter_0000000/                         Megatron's own distributed checkpoint
 folder/latest_checkpointed_iteration.txt     which of them Megatron-LM resumes from
 folder/goldengate_outline.json               names, dtypes, shapes and files of the Hugging Face tensors, for the way back
+folder/goldengate_digests.json               sizes and sha256 of all of these
 folder/goldengate_ignored.safetensors        the tensors that Megatron has no place for, if there are any
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors.torch import save_file
 
 from bridges.checkpoints.companions import companions
+from bridges.checkpoints.ownership import JOURNAL
 from bridges.checkpoints.reader import CONFIG_FILE, DTYPES, Checkpoint, CheckpointError, TensorInfo, read_json_object
 
 ITERATION = "iter_0000000"
 LATEST = "latest_checkpointed_iteration.txt"
 OUTLINE, IGNORED = "goldengate_outline.json", "goldengate_ignored.safetensors"
+DIGESTS = "goldengate_digests.json"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -61,6 +65,38 @@ def write_identity(folder: Path, source: Checkpoint, ignored: Iterable[str]) -> 
     if kept := {name: source.view(name).clone() for name in ignored}:
         save_file(kept, folder / IGNORED, {"format": "pt"})
     (folder / LATEST).write_text("0\n")
+
+
+def write_digests(folder: Path) -> None:
+    """Write sizes and digests of all files below the folder, once they are complete, for `check_digests`."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (JOURNAL, DIGESTS))
+    said = {str(PurePosixPath(p.relative_to(folder))): [p.stat().st_size, _digest(p)] for p in files}
+    (folder / DIGESTS).write_text(json.dumps(said, indent=1) + "\n")
+
+
+def check_digests(folder: Path, checkpoint: Path) -> None:
+    """Raise CheckpointError, naming all, for files of Megatron's `checkpoint` that are not what `write_digests` saw. Neither
+    Megatron nor torch sums up what they store. Iterations that training added are not known here and pass."""
+    if not (folder / DIGESTS).is_file():
+        return
+    said, wrong = read_json_object(folder / DIGESTS), []
+    for name, entry in said.items():
+        path = folder / name
+        if not (path.is_relative_to(checkpoint) or name in (OUTLINE, IGNORED)) or ".." in PurePosixPath(name).parts:
+            continue
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif not isinstance(entry, list) or entry != [path.stat().st_size, _digest(path)]:
+            wrong.append(f"{name} has changed")
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: {', '.join(wrong)} since it was imported: import it again, or remove {DIGESTS} if the change is meant"
+        )
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_source(path: str | os.PathLike) -> Checkpoint:

@@ -31,6 +31,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from bridges.checkpoints.ownership import Journal, clear, foreign, partial_name
 from bridges.checkpoints.reader import (
     DTYPES,
     INDEX_FILE,
@@ -70,6 +71,7 @@ class CheckpointWriter:
         self._headers: dict[str, bytes] = {}  # with the 8 bytes of length
         self._sizes: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
+        self._journal: Journal | None = None  # of the process that called create()
         self._created: list[Path] = []  # for abort(), in order of creation
         if not files:
             raise CheckpointError(f"{self.folder}: no file to write")
@@ -115,12 +117,15 @@ class CheckpointWriter:
         folder = self.folder
         if not folder.parent.is_dir():
             raise CheckpointError(f"{folder.parent} is not a folder: make it before writing {folder.name}")
-        if folder.is_dir() and (entry := next(folder.iterdir(), None)):
-            raise CheckpointError(f"{folder} is not empty ({entry.name}): empty it or choose another folder")
+        if other := foreign(folder):
+            raise CheckpointError(f"{folder} is not empty ({other[0]}): empty it or choose another folder")
+        clear(folder)
         try:
             if not folder.is_dir():
                 folder.mkdir()
                 self._created.append(folder)
+            self._journal = Journal(folder)
+            self._journal.write(self._headers)
             for file, header in self._headers.items():
                 with open(self._partial(file), "xb") as handle:
                     self._created.append(self._partial(file))
@@ -170,6 +175,8 @@ class CheckpointWriter:
                 raise CheckpointError(f"{self.folder}: {name!r} cannot be an extra file: use another name")
         self.close()
         try:
+            if self._journal is not None:
+                self._journal.write([*self._headers, *extra_files, INDEX_FILE])
             for file in self._headers:
                 _sync(self._partial(file))
             for name, content in extra_files.items():
@@ -184,18 +191,28 @@ class CheckpointWriter:
             why = f"{error.strerror} ({error.filename}); abort() removes what is there"
             raise CheckpointError(f"cannot complete {self.folder}: {why}") from error
         self._created.clear()
+        self._release()
+
+    def _release(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
 
     def abort(self) -> None:
         """Remove what this process created, the folder too if it made it. After `commit` it does nothing."""
         self.close()
+        if self._journal is not None:
+            self._created.append(self._journal.path)
         while self._created:
             path = self._created.pop()
             with contextlib.suppress(OSError):  # renamed meanwhile, or somebody else's file is in the folder
                 path.rmdir() if path.is_dir() else path.unlink()
+        if self._journal is not None:
+            self._journal.close(remove=False)
+            self._journal = None
 
     def _partial(self, file: str) -> Path:
-        path = self.folder / file
-        return path.with_name(f".{path.name}.partial")
+        return self.folder / partial_name(file)
 
     def _index_text(self) -> str:
         """As transformers writes it; total_size counts the tensors' bytes without headers."""
