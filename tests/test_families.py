@@ -9,11 +9,14 @@ import torch
 
 import toy_models
 from bridges import AutoBridge
+from bridges.checkpoints.comparison import same_bytes
+from bridges.checkpoints.reader import Checkpoint
 from bridges.families.qwen3 import Qwen3Bridge
 from bridges.mechanisms.decoder import DecoderProvider
 from bridges.mechanisms.ropes import Tables
 from bridges.model_bridge import ConfigError
 from bridges.providers import cpu_substitutions
+from harness import convert
 from tests.bounds import assert_same
 from tests.test_cpu_backend import needs_no_gpu
 
@@ -105,3 +108,13 @@ def test_a_fused_loss_that_skips_the_softcap_is_refused():
     )
     with pytest.raises(ValueError, match="skips this model's logits softcap"):
         provider.finalize()
+
+
+@pytest.mark.parametrize("row", ["gemma2", "olmo2", "cohere2"])
+def test_a_megatron_folder_holds_the_mechanisms_parameters(row, tmp_path):
+    """Norms behind blocks, over whole projections and shared ones: saved in one layout, loaded in another, the same bits."""
+    source = toy_models.write(row, tmp_path / "hf", shards=1)
+    convert.import_checkpoint(source, tmp_path / "megatron", "tp2-pp2", None)
+    convert.export_checkpoint(tmp_path / "megatron", tmp_path / "out", None, "tp1", None)
+    with Checkpoint.open(source) as a, Checkpoint.open(tmp_path / "out") as b:
+        assert same_bytes(a, b) == []
