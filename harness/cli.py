@@ -14,6 +14,7 @@ import typer
 
 from bridges.errors import GoldengateError
 from harness.commands import bench, convert, golden, inspect
+from harness.commands.new import new
 from harness.commands.options import JsonOption, LayoutOption, TrustOption, write_json
 from harness.commands.verify import verify
 from harness.processes import exit_on_signals
@@ -28,6 +29,7 @@ app.add_typer(golden.app, name="golden")
 app.add_typer(convert.app, name="convert")
 app.add_typer(bench.app, name="bench")
 app.command("inspect")(inspect.inspect)
+app.command()(new)
 app.command()(verify)
 
 

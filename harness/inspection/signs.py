@@ -133,14 +133,18 @@ def nearest(found: Sequence[str], count: int = 3) -> list[Near]:
     """Return the families whose mechanisms differ least from those found, the nearest first."""
     all_ = [
         Near(row, architecture, [m for m in found if m not in theirs], [m for m in theirs if m not in found])
-        for row, architecture, theirs in _families(tuple(MegatronModelBridge.supported()))
+        for row, architecture, theirs in families()
     ]
     return sorted(all_, key=lambda near: (near.distance, near.row))[:count]
 
 
+def families() -> list[tuple[str, str, list[str]]]:
+    """Return (row, architecture, mechanisms) of one row of each architecture that has a bridge."""
+    return _families(tuple(MegatronModelBridge.supported()))
+
+
 @cache
 def _families(supported: tuple[str, ...]) -> list[tuple[str, str, list[str]]]:
-    """(row, architecture, mechanisms) of one row of each architecture that has a bridge."""
     found: dict[str, tuple[str, str, list[str]]] = {}
     for row in toy_models.rows():
         architecture = toy_models.config_dict(row)["architectures"][0]
