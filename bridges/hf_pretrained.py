@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from bridges.checkpoints.companions import LEFT_BEHIND
 from bridges.checkpoints.megatron import open_source
-from bridges.checkpoints.reader import Checkpoint, CheckpointError
+from bridges.checkpoints.reader import Checkpoint, CheckpointError, check_inside, check_regular
 from bridges.config_fields import STORAGE
 from bridges.model_bridge import ConfigError, MegatronModelBridge
 
@@ -78,6 +79,7 @@ class PreTrainedCausalLM:
         file = path / "config.json"
         if not file.is_file():
             raise CheckpointError(f"{path} has no config.json: give a folder as save_pretrained writes it")
+        check_inside(path, file.name)
         raw = read_config(file)
         has_weights = weights or (any(path.glob("*.safetensors")) and not any(raw.get(name) for name in STORAGE))
         config = load_config(raw, path, is_safe_repo(hf_path, trust_remote_code))
@@ -98,6 +100,7 @@ class PreTrainedCausalLM:
 
 def read_config(file: Path) -> dict[str, Any]:
     """A config.json as it stands. CheckpointError when it is not one."""
+    check_regular(file)
     try:
         raw = json.loads(file.read_text())
     except ValueError as error:
@@ -120,13 +123,30 @@ def load_config(raw: dict[str, Any], path: Path, trusted: bool) -> PreTrainedCon
                     f"{path} ships its own code (auto_map) for model type {raw.get('model_type')!r} and may not run it "
                     "(trust_remote_code=False): pass trust_remote_code=True if you trust it"
                 )
+            _check_code_stays(raw["auto_map"], path.parent if path.suffix == ".json" else path)
             return AutoConfig.from_pretrained(path.parent if path.suffix == ".json" else path, trust_remote_code=True)
         return PreTrainedConfig.from_dict(copy.deepcopy(raw))
-    except ConfigError:
+    except (ConfigError, CheckpointError):
         raise
     except Exception as error:  # transformers' strict configs raise their own kinds
         file = path if path.suffix == ".json" else path / "config.json"
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from error
+
+
+def _check_code_stays(auto_map: Any, folder: Path) -> None:
+    """ConfigError for code elsewhere than in the folder that has permission: `other/repository--module.Class`, a path."""
+    values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    for name in [n for v in values for n in (v if isinstance(v, list | tuple) else [v]) if n is not None]:
+        repository, _, place = name.rpartition("--") if isinstance(name, str) else ("", "", "")
+        cached = {f"models--{repository.replace('/', '--')}"} & {p.name for p in folder.absolute().parents}
+        if repository and not cached:
+            raise ConfigError(
+                f"{folder}: auto_map names code of {repository!r}, another repository: copy it into this one"
+            )
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", place):
+            raise ConfigError(f"{folder}: auto_map names {name!r}, which is no module.Class of the folder")
+    for file in folder.glob("*.py"):
+        check_inside(folder, file.name)
 
 
 def _config_class(raw: dict[str, Any]) -> type[PreTrainedConfig] | None:

@@ -18,6 +18,7 @@ from harness.commands.new import new
 from harness.commands.options import JsonOption, LayoutOption, TrustOption, write_json
 from harness.commands.verify import verify
 from harness.processes import exit_on_signals
+from harness.report.console import printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,11 +56,11 @@ def options(
 @app.command()
 def families(json_file: JsonOption = None) -> None:
     """The rows: model type, architecture, mechanisms, and the layouts each is proven in."""
-    from rich.console import Console
     from rich.table import Table
 
     import toy_models
     from harness.reference import goldens
+    from harness.report.console import Console
     from harness.sweep import describe, layouts_of
 
     rows = [
@@ -98,11 +99,10 @@ def flops(
     json_file: JsonOption = None,
 ) -> None:
     """FLOPs of one forward and backward by named part, under a stated convention."""
-    from rich.console import Console
-
     from harness.flops import command
     from harness.flops import flops as count
     from harness.quiet import quiet
+    from harness.report.console import Console
 
     quiet()
     try:
@@ -137,7 +137,7 @@ def plan(
     found = planning.plan(config, layout, dtype)
     write_json(json_file, {"config": config, **found.as_dict()})
     if json_file != "-":
-        print("\n".join(planning.lines(found)))
+        print("\n".join(map(printable, planning.lines(found))))
     raise typer.Exit(0 if found.coverage.ok else 1)
 
 
@@ -156,7 +156,7 @@ def main() -> None:
         if os.environ.get("GOLDENGATE_DEBUG"):
             traceback.print_exc()
             print(getattr(error, "stack", ""), file=sys.stderr)  # of the rank, where it was raised on one
-        print(f"goldengate: {lines[0]}", file=sys.stderr)
+        print(f"goldengate: {printable(lines[0])}", file=sys.stderr)
         sys.exit(2)
     except Exception:
         traceback.print_exc()

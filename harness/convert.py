@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bridges import AutoBridge, CheckpointError, Layout
@@ -23,6 +22,7 @@ from bridges.checkpoints.companions import companions
 from bridges.checkpoints.comparison import same_bytes
 from bridges.checkpoints.megatron import ITERATION, check_digests, locate, write_digests, write_identity
 from bridges.checkpoints.ownership import check_free, clear, must_be_new, own_folder, scratch_folder
+from bridges.checkpoints.pickles import check_metadata, restricted
 from bridges.checkpoints.reader import Checkpoint
 from bridges.conversion.agreement import of_all_ranks
 from bridges.providers import cpu_substitutions
@@ -31,6 +31,7 @@ from harness.checks.outcome import first_few
 from harness.quiet import quiet
 from harness.ranks import jobs
 from harness.ranks.pool import Ranks
+from harness.report.console import Console
 from harness.report.conversion import say
 
 DEADLINE_S = 24 * 3600.0
@@ -134,6 +135,7 @@ def export_checkpoint(
         raise CheckpointError(f"{source} does not say which model it is of: give a Hugging Face folder of it with --hf")
     if reference is not None and identity is not None:
         _must_be_of(identity, reference, trust)
+    check_metadata(checkpoint)
     if identity is not None:
         check_digests(identity, checkpoint)
     with _Conversion(reference or identity, layout_text, trust) as conversion:
@@ -306,12 +308,13 @@ def _save(target: str) -> None:
 def _load(source: str) -> None:
     from megatron.core import dist_checkpointing
 
-    with _reason(f"cannot load {source} as this model"):
-        _widen_to(dist_checkpointing.load_tensors_metadata(source))
-    with _reason(f"cannot load {source} as this model"):
+    with restricted(), _reason(f"cannot load {source} as this model"):
+        metadata = dist_checkpointing.load_tensors_metadata(source)
+        _widen_to(metadata)
+    with restricted(), _reason(f"cannot load {source} as this model"):
         state: Any = dist_checkpointing.load(_sharded_state(), source)
     wanted = set().union(*of_all_ranks({tensor.key for tensor in jobs.sharded_tensors()}))
-    held = (name for name in dist_checkpointing.load_tensors_metadata(source) if not OPTIMIZER.match(name))
+    held = (name for name in metadata if not OPTIMIZER.match(name))
     if extra := sorted(set(held) - wanted):
         raise CheckpointError(f"cannot load {source} as this model, which has no place for {first_few(extra, 1)}")
     for key, chunk in jobs.current().keyed_chunks():

@@ -15,7 +15,10 @@ import math
 import mmap
 import os
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from pathlib import Path, PurePath
+from typing import Any
 
 import torch
 
@@ -95,6 +98,8 @@ class Checkpoint:
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder: give one with {CONFIG_FILE} and safetensors")
+        for file in (CONFIG_FILE, INDEX_FILE):
+            check_inside(folder, file)
         config = read_json_object(folder / CONFIG_FILE)
         weight_map = _read_weight_map(folder)
         tensors, files, metadata, maps = {}, {}, {}, {}
@@ -137,8 +142,15 @@ class Checkpoint:
         self.close()
 
 
+def check_regular(path: Path) -> None:
+    """Refuse what is there and is no plain file: a pipe makes a reader wait for ever, /dev/zero has no end."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file: replace it by one")
+
+
 def map_file(path: Path, flags: int) -> mmap.mmap:
     """Map a whole file readable and writable; `flags` says whether writes reach it (MAP_SHARED) or not."""
+    check_regular(path)
     try:
         with open(path, "r+b" if flags & mmap.MAP_SHARED else "rb") as handle:
             size = os.fstat(handle.fileno()).st_size
@@ -161,6 +173,7 @@ def tensor_over(memory: mmap.mmap, info: TensorInfo) -> torch.Tensor:
 
 
 def read_json_object(path: Path) -> dict:
+    check_regular(path)
     try:
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -226,7 +239,7 @@ def _parse_header(path: Path, file: str, memory: mmap.mmap) -> tuple[list[Tensor
     if data > size:
         raise CheckpointError(f"{path} is truncated: its header misses {data - size} bytes; fetch it again")
     try:
-        header = json.loads(memory[8:data].decode("utf-8"), parse_constant=_reject_constant)
+        header = json.loads(memory[8:data].decode("utf-8"), **STRICT)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a header that is not JSON: {error}; fetch it again") from error
     if not isinstance(header, dict):
@@ -263,7 +276,11 @@ def _parse_entry(path: Path, file: str, data: int, name: str, entry: dict) -> Te
     if kind not in DTYPES:
         raise CheckpointError(f"{path}: tensor {name!r} has dtype {kind}; known are {' '.join(DTYPES)}")
     dtype = DTYPES[kind]
-    nbytes = math.prod(shape) * dtype.itemsize
+    nbytes = dtype.itemsize
+    for n in accumulate(shape, mul):  # also where a later 0 makes the product small
+        if n * dtype.itemsize >= 2**63:
+            raise CheckpointError(f"{path}: tensor {name!r} has the shape {shape}, which no file can hold")
+        nbytes = n * dtype.itemsize
     if end - start != nbytes:
         need = f"{kind} {shape} takes {nbytes}"
         raise CheckpointError(f"{path}: tensor {name!r} has {end - start} bytes, but {need}; fetch it again")
@@ -272,3 +289,32 @@ def _parse_entry(path: Path, file: str, data: int, name: str, entry: dict) -> Te
 
 def _reject_constant(text: str) -> None:
     raise ValueError(f"{text} is no JSON number")
+
+
+def _float(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text} is out of range")
+    return value
+
+
+def _integer(text: str) -> int | float:
+    return -0.0 if text == "-0" else int(text)  # as the safetensors library reads it: no size, no offset
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, value in pairs:
+        for text in (key, value) if isinstance(value, str) else (key,):
+            text.encode()  # half a surrogate pair is a ValueError
+    if len(found := dict(pairs)) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in (k for k, _ in pairs[:i]))
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
+# The header is read as strictly as the safetensors library reads it.
+STRICT: Any = {
+    "parse_constant": _reject_constant,
+    "parse_float": _float,
+    "parse_int": _integer,
+    "object_pairs_hook": _object,
+}

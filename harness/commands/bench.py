@@ -23,9 +23,8 @@ def bench_compare(a: Selection, b: Selection, json_file: JsonOption = None) -> N
     """Is B faster or slower than A? By case, from replicated processes; exit 1 for slower, or when nothing compares."""
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from harness.bench import command, ledger, verdict
+    from harness.report.console import Console
 
     verdicts = verdict.compare(ledger.select(a), ledger.select(b))
     write_json(json_file, [asdict(v) for v in verdicts])

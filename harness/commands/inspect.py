@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from harness.commands.options import JsonOption, TrustOption, write_json
+from harness.report.console import printable
 
 
 def inspect(
@@ -29,4 +30,4 @@ def inspect(
     found = look(target, trust_remote_code=trust_remote_code, gpus=gpus, memory=memory)
     write_json(json_file, found.as_dict())
     if json_file != "-":
-        print("\n".join(lines(found)))
+        print("\n".join(map(printable, lines(found))))

@@ -42,13 +42,12 @@ def verify(
     ] = None,
 ) -> None:
     """Check rows, or toys of your own models, in layouts, with Megatron-Core's own models and collectives."""
-    from rich.console import Console
-
     import toy_models
     from harness import plugins, workers
     from harness import targets as given
     from harness.mechanisms import sample
     from harness.reference import goldens
+    from harness.report.console import Console
     from harness.report.terminal import ProgressPrinter, print_table
     from harness.sweep import layouts_of, verify_rows
     from harness.targets import TargetError

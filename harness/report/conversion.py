@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
+from harness.report.console import Console
 
 
 def say(result: dict[str, Any]) -> None:

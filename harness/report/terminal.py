@@ -6,13 +6,13 @@ import os
 from collections import Counter, defaultdict
 from contextlib import AbstractContextManager
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from harness.report.cells import STYLES, WORDS, Cell, Report, duration, number, worst
+from harness.report.console import Console
 
 
 def _tally(cells: list[Cell], digits: int | None = None) -> Text:
