@@ -316,7 +316,7 @@ BROKEN_HEADERS = {
     "three offsets": (entry(data_offsets=[0, 4, 8]), "tensor 'a' has no proper dtype, shape, data_offsets"),
     "half a surrogate": (
         raw(b'{"\\ud800":' + json.dumps(U8).encode() + b"}", b"1234"),
-        "has no proper dtype",
+        "surrogates not allowed",
     ),
     "unknown dtype": (entry(dtype="X9"), "tensor 'a' has dtype X9; known are F64 F32 F16 BF16"),
     "dtype nobody expects": (entry(dtype="F4", shape=[8]), "tensor 'a' has dtype F4; known are"),
@@ -388,7 +388,7 @@ BROKEN_FOLDERS = {
     "weights a folder": (
         save_one,
         lambda f: ((f / SINGLE_FILE).unlink(), (f / SINGLE_FILE).mkdir()),
-        f"{SINGLE_FILE} cannot be mapped: Is a directory",
+        f"{SINGLE_FILE} is no regular file",
     ),
     "absolute path": (save_two, index(lambda m: m.update(c="/etc/passwd")), "'/etc/passwd', which leads out"),
     "path with ..": (save_two, index(lambda m: m.update(c=f"../x/{TWO}")), f"'../x/{TWO}', which leads out"),
