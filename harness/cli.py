@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 import warnings
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -19,6 +20,7 @@ from harness.commands.options import JsonOption, LayoutOption, TrustOption, writ
 from harness.commands.verify import verify
 from harness.processes import exit_on_signals
 from harness.report.console import printable
+from harness.startup import compiler_deferred
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,8 +36,18 @@ app.command()(new)
 app.command()(verify)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"goldengate {version('goldengate')}")
+        raise typer.Exit()
+
+
 @app.callback()
-def _project() -> None:
+def _project(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
     # Bridges, rows and goldens of the repository that the command is run in, if its pyproject.toml names some.
     from harness import project
 
@@ -58,10 +70,12 @@ def families(json_file: JsonOption = None) -> None:
     """The rows: model type, architecture, mechanisms, and the layouts each is proven in."""
     from rich.table import Table
 
-    import toy_models
-    from harness.reference import goldens
     from harness.report.console import Console
-    from harness.sweep import describe, layouts_of
+
+    with compiler_deferred():
+        import toy_models
+        from harness.reference import goldens
+        from harness.sweep import describe, layouts_of
 
     rows = [
         {**describe(row, layouts_of(row, "full")), "golden": row in goldens.list_goldens()} for row in toy_models.rows()
@@ -99,10 +113,12 @@ def flops(
     json_file: JsonOption = None,
 ) -> None:
     """FLOPs of one forward and backward by named part, under a stated convention."""
-    from harness.flops import command
-    from harness.flops import flops as count
     from harness.quiet import quiet
     from harness.report.console import Console
+
+    with compiler_deferred():
+        from harness.flops import command
+        from harness.flops import flops as count
 
     quiet()
     try:
@@ -130,8 +146,10 @@ def plan(
     json_file: JsonOption = None,
 ) -> None:
     """Prove by metadata that a model converts in a layout of any size: no weights, no ranks. Exit 1: not proven."""
-    from harness import plan as planning
     from harness.quiet import quiet
+
+    with compiler_deferred():
+        from harness import plan as planning
 
     quiet()
     found = planning.plan(config, layout, dtype)

@@ -239,12 +239,15 @@ QKV = r"as Megatron's decoder\.layers\.3\.self_attention\.linear_qkv\.weight"
         (put("model.norm.weight", torch.ones(63)), r"model\.norm\.weight as .*shape \(63,\); Megatron holds \(64,\)"),
         (
             put("model.embed_tokens.weight", torch.ones(130, 64)),
-            r"model\.embed_tokens\.weight as .*dim 0 has 130; `\(v\)` with v=131 needs 131",
+            r"vocab_size is 131, but model\.embed_tokens\.weight has 130 rows: set vocab_size to 130",
         ),
-        (put("lm_head.weight", torch.ones(132, 64)), r"lm_head\.weight as .*dim 0 has 132; .*v=131 needs 131"),
+        (put("lm_head.weight", torch.ones(132, 64)), r"vocab_size is 131, but lm_head\.weight has 132 rows: set"),
         (put(DOWN, torch.ones(64, 96, dtype=torch.int8)), rf"{re.escape(DOWN)} is int8 .* dequantise"),
         (put(DOWN, torch.ones(64, 96).to(torch.float8_e4m3fn)), rf"{re.escape(DOWN)} is float8_e4m3fn .* dequantise"),
-        (put(DOWN, torch.ones(64, 96).double()), rf"{re.escape(DOWN)} is float64 .* precision would be lost"),
+        (
+            put(DOWN, torch.full((64, 96), 0.1, dtype=torch.float64)),
+            r"mlp\.down_proj\.weight \(1 in all\) is float64 .* precision would be lost",
+        ),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_refused(copy, tmp_path, damage, says):

@@ -8,6 +8,7 @@ import typer
 
 from harness.commands.options import JsonOption, TrustOption, write_json
 from harness.report.console import printable
+from harness.startup import compiler_deferred
 
 
 def inspect(
@@ -18,8 +19,9 @@ def inspect(
     json_file: JsonOption = None,
 ) -> None:
     """What a model is, which bridge fits or is nearest, which fields nobody knows, how large it is, and where it fits."""
-    from harness.inspection.inspect import inspect as look
-    from harness.inspection.lines import lines
+    with compiler_deferred():
+        from harness.inspection.inspect import inspect as look
+        from harness.inspection.lines import lines
     from harness.quiet import quiet
 
     if (gpus is None) != (memory is None):
