@@ -43,26 +43,21 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _project(
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Stacks of errors, those of ranks too (also: GOLDENGATE_DEBUG=1).")
+    ] = False,
     _version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
+    if debug:
+        os.environ["GOLDENGATE_DEBUG"] = "1"
     # Bridges, rows and goldens of the repository that the command is run in, if its pyproject.toml names some.
     from harness import project
 
     if found := project.find():
         found.activate()
-
-
-@app.callback()
-def options(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Stacks of errors, those of ranks too (also: GOLDENGATE_DEBUG=1).")
-    ] = False,
-) -> None:
-    if debug:
-        os.environ["GOLDENGATE_DEBUG"] = "1"
 
 
 @app.command()

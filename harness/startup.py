@@ -60,11 +60,13 @@ class _Dynamo(ModuleType):
 def _when_called(decorator: Callable[..., Any]) -> Callable[..., Any]:
     """Return a decorator that gives what `decorator` does, made when it is first called.
 
-    What is not a plain function (a module, or options alone) goes to `decorator` at once.
+    Options alone give such a decorator; what is no plain function (a module) goes to `decorator` at once.
     """
 
     @functools.wraps(decorator)
     def deferred(*given: Any, **options: Any) -> Any:
+        if not given and options:
+            return functools.partial(deferred, **options)
         if len(given) != 1 or not isinstance(given[0], FunctionType):
             return decorator(*given, **options)
         function = given[0]
