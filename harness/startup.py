@@ -28,7 +28,7 @@ def compiler_deferred() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    places = [(torch, "compile"), (torch.compiler, "disable")]
+    places = [(torch, "compile"), *((torch.compiler, name) for name in _Dynamo.DEFERRED)]
     originals = [getattr(module, name) for module, name in places]
     stand_in = None if "torch._dynamo" in sys.modules else _Dynamo("torch._dynamo")
     try:
