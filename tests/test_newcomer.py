@@ -31,10 +31,10 @@ def config_of(row, folder):
     return str(file)
 
 
-@pytest.mark.parametrize("row", ["qwen2", "olmo2", "glm4", "mixtral", "dots1"])
+@pytest.mark.parametrize("row", ["qwen2_moe", "olmo2", "glm4", "starcoder2", "dots1", "moonlight"])
 def test_a_family_that_files_describe_passes_without_a_person(row, without, tmp_path):
-    """Biases, norms over all heads and behind blocks, interleaved rope, experts under other names, sigmoid routing with shared
-    experts: the bridge that is written computes the golden of the row whose own bridge was taken away."""
+    """Biases, gated shared experts, norms over all heads and behind blocks, interleaved rope, LayerNorm and no gate, sigmoid
+    routing, latent attention with an epsilon that stands in code: the bridge that is written computes the golden of the row whose own bridge was taken away."""
     without(row)
     begun = begin("begun", config_of(row, tmp_path), tmp_path, tmp_path / "rows")
     assert begun.open == []

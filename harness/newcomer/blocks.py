@@ -77,6 +77,12 @@ def source_of(model: Any) -> str:
     return inspect.getsource(sys.modules[type(model).__module__])
 
 
+def latent_epsilon(model: Any) -> float | None:
+    """Return the epsilon of the norms of latents, which code may give them whatever the config says."""
+    norms = (module for name, module in model.named_modules() if name.endswith("kv_a_layernorm"))
+    return next((getattr(norm, "variance_epsilon", None) for norm in norms), None)
+
+
 def _call(name: str, **arguments: Any) -> str:
     """A call with the arguments that are not the block's own defaults."""
     import bridges.mechanisms.blocks as blocks

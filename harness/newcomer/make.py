@@ -90,10 +90,11 @@ def begin(
 
 
 def _toy(source: Source, kind: type) -> dict[str, Any]:
-    raw = {**_from_the_class(source.raw, source.config), **source.raw}
+    config: Any = source.config
+    raw = {**_from_the_class(source.raw, config), **source.raw}
     toy = toy_models.shrink(raw)
     toy["architectures"] = [kind.__name__]
-    toy.setdefault("model_type", type(source.config).model_type)
+    toy.setdefault("model_type", type(config).model_type)
     toy.pop("dtype", None)
     return {**toy, "torch_dtype": "float32"}
 
@@ -107,11 +108,17 @@ def _table(family: str, source: Source, kind: Any, toy: dict[str, Any], begun: B
     begun.open += _mechanisms(signs.read(seen))
     published, _ = _by_class(config)
     found = blocks.read(published, config.num_attention_heads, blocks.source_of(model), seen.norms)
+    if found.latent and (epsilon := blocks.latent_epsilon(model)) != config.rms_norm_eps:
+        found.defaults["latent_norm_epsilon"] = epsilon
     said = words.by_analogy(
         account(Source(family, toy, config, "", None, ""), None).unknown, [n.architecture for n in near]
     )
     if not toy.get("moe_intermediate_size") and any(call.startswith("moe(") for call in found.calls):
         said.mapping.append(("intermediate_size", "moe_ffn_hidden_size"))
+    if "add_qkv_bias" in found.defaults and said.rules.pop(
+        "ATTENTION_BIAS", None
+    ):  # tensors say that the output has none
+        said.mapping.append(("attention_bias", "add_qkv_bias"))
     if found.bias_rule:
         said.rules["ATTENTION_BIAS"] = "bridges.mechanisms.branches"
         said.fixed.pop("attention_bias", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -12,6 +13,7 @@ import bridges
 from bridges.config_rules import Rule
 from bridges.model_bridge import MegatronModelBridge
 from harness.inspection.fields import Unknown
+from toy_models.shrink import EPSILONS
 
 
 @dataclass
@@ -32,9 +34,24 @@ def by_analogy(unknown: list[Unknown], near: list[str]) -> Words:
     families = [one.bridge for name in order if (one := MegatronModelBridge.registered([name]))]
     found = Words()
     for one in unknown:
-        if not any(_from(family, one, found) for family in families):
+        # A family that computes one value only may mean it by other words of its table: it is asked last.
+        said = _by_name(one, found) or any(_from(family, one, found) for family in families)
+        if not said and not any(_fixed(family, one, found) for family in families):
             found.open.append(one)
     return found
+
+
+def _by_name(one: Unknown, found: Words) -> bool:
+    """Take a field whose name says what it is: an epsilon, biases of q, k and v, a dropout that is off."""
+    if one.name in EPSILONS:
+        found.mapping.append((one.name, "layernorm_epsilon"))
+    elif one.name in ("qkv_bias", "use_qkv_bias"):
+        found.mapping.append((one.name, "add_qkv_bias"))
+    elif re.search(r"dropout|pdrop", one.name) and not one.value:
+        found.fixed[one.name] = one.value
+    else:
+        return False
+    return True
 
 
 def _from(family: type[MegatronModelBridge], one: Unknown, found: Words) -> bool:
@@ -47,10 +64,17 @@ def _from(family: type[MegatronModelBridge], one: Unknown, found: Words) -> bool
         found.rules[name] = module
     elif pair is not None:
         found.mapping.append(pair)
-    elif one.name in family.HF_FIXED and family.HF_FIXED[one.name] == one.value:
-        found.fixed[one.name] = one.value
     else:
         return False
+    found.like[one.name] = family.__name__
+    return True
+
+
+def _fixed(family: type[MegatronModelBridge], one: Unknown, found: Words) -> bool:
+    """Take a family's word that of a field only this value is built."""
+    if one.name not in family.HF_FIXED or family.HF_FIXED[one.name] != one.value:
+        return False
+    found.fixed[one.name] = one.value
     found.like[one.name] = family.__name__
     return True
 
