@@ -46,6 +46,8 @@ class Signs:
         return next((one for one in inner if one.get("rope_type", "default") != "default"), scaling)
 
 
+# The code of a norm whose weight is kept as its distance from one.
+ZERO_CENTRED = re.compile(r"1(\.0)? *\+ *self\.weight|self\.weight(\.float\(\))? *\+ *1")
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 # Name -> is there a sign of it?
 SIGNS: dict[str, Callable[[Signs], Any]] = {
@@ -65,7 +67,7 @@ SIGNS: dict[str, Callable[[Signs], Any]] = {
     "q/k norm": lambda s: (
         (not s.get("kv_lora_rank") and s.tensor(r"(q|k|query|key)_(layer)?norm")) or s.get("use_qk_norm")
     ),
-    "zero-centred norm": lambda s: re.search(r"1(\.0)? *\+ *self\.weight|self\.weight(\.float\(\))? *\+ *1", s.norms),
+    "zero-centred norm": lambda s: ZERO_CENTRED.search(s.norms),
     "attention bias": lambda s: (
         s.tensor(r"(q_proj|qkv_proj|query_key_value|c_attn|W_pack)\.bias")
         or s.get("attention_bias", "qkv_bias", "add_qkv_bias")

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from harness.inspection.signs import ZERO_CENTRED
+
 Shape = tuple[int, ...]
 HOMES = {
     "embeddings": "bridges.mechanisms.blocks",
@@ -172,7 +174,7 @@ def _moe(found: Blocks, layer: Mapping[str, Shape], block: str, norm: str) -> No
 
 
 def _norms(found: Blocks, layer: Mapping[str, Shape], code: str) -> None:
-    if re.search(r"1(\.0)? *\+ *self\.weight", code):
+    if ZERO_CENTRED.search(code):
         found.defaults["layernorm_zero_centered_gamma"] = True
     if any(name.endswith("input_layernorm.bias") for name in layer):
         found.defaults["normalization"] = "LayerNorm"

@@ -125,7 +125,13 @@ def _table(family: str, source: Source, kind: Any, toy: dict[str, Any], begun: B
     begun.open += [f"field {one.name} = {one.value!r}, read at {one.read_at or 'its own code'}" for one in said.open]
     own = {one.name for one in fields(GPTModelProvider)}
     of_mechanisms = any(home.startswith("bridges.mechanisms") for home in said.rules.values())
-    plain = not of_mechanisms and not set(found.defaults) - own and not {mega for _, mega in said.mapping} - own
+    grows = {"rope dynamic", "rope longrope"} & set(signs.read(seen))  # tables that depend on the sequence's length
+    plain = (
+        not of_mechanisms
+        and not grows
+        and not set(found.defaults) - own
+        and not {mega for _, mega in said.mapping} - own
+    )
     provider = "mla.MLAModelProvider" if found.latent else "" if plain else "DecoderProvider"
     return table(family, kind.__name__, type(config).model_type, found, said, provider, begun)
 
