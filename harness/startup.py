@@ -1,8 +1,8 @@
 """A command starts without torch's compiler.
 
-Megatron-Core decorates some fifty functions with torch.compile, and transformers a few with torch.compiler.disable and
-with decorators of torch._dynamo. Each of these imports torch._dynamo (and the first inductor, sympy and networkx too): on a laptop more than half of the seconds before a
-command says its first word, for functions that are not called there.
+Megatron-Core decorates some fifty functions with torch.compile, and transformers a few with decorators of torch.compiler
+and torch._dynamo. The first of them imports inductor, for functions that are not called on a laptop. (torch._dynamo itself
+still comes: transformers.masking_utils imports it by name.)
 """
 
 from __future__ import annotations
