@@ -158,6 +158,8 @@ def main() -> None:
     """Run the command; what a user did wrong is one line on stderr and exit code 2."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Whether there is a GPU is asked before processes are forked: CUDA must not start because of that.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     warnings.filterwarnings("ignore")
     # Where a CUDA compiler is and no GPU, torch says so on import: no news, and not one line of ours.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -10,7 +10,8 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +89,14 @@ def verify_rows(
     chosen = {row: layouts_of(row, which, bridge) for row in rows}
     order = list(dict.fromkeys(layout for found in chosen.values() for layout in found))
     order.sort(key=lambda layout: (layout.world_size, layout.pp, layout.ep))
-    restore_noise = noise()
-    quiet()
-    if not torch.cuda.is_available():
-        cpu_substitutions.install()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the ranks need the cores, and a forked pool of threads would hang
     started(sum(map(len, chosen.values())))
 
     def share(rows: Sequence[str], cell: Callable[[Cell], None]) -> list[Cell]:
         return _cells(rows, chosen, order, wanted, bridge=bridge, folder=folder, cell=cell, ranks=ranks)
 
-    try:
+    with _at_work():
         alone = min(processes, len(rows)) < 2 or ranks is not None or torch.cuda.is_available()
         cells = share(rows, cell) if alone else workers.run(share, rows, order, processes, cell)
-    finally:
-        torch.set_num_threads(threads)
-        restore_noise()
     return Report(
         rows=[describe(row, chosen[row], bridge) for row in rows],
         cells=cells,
@@ -112,6 +104,21 @@ def verify_rows(
         seconds=time.perf_counter() - begin,
         speed=speed(cells),
     )
+
+
+@contextmanager
+def _at_work() -> Iterator[None]:
+    """The caller's process as ranks want to find it at their fork, and as it was when they are done: quiet, the CPU in the
+    place of CUDA, one thread."""
+    restore_noise, threads = noise(), torch.get_num_threads()
+    try:
+        with cpu_substitutions.installed():
+            quiet()
+            torch.set_num_threads(1)  # the ranks need the cores, and a forked pool of threads would hang
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        restore_noise()
 
 
 def _cells(

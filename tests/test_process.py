@@ -1,6 +1,9 @@
 """A library among others: copies, locks and hooks of providers and bridges (faults B)."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -222,3 +225,72 @@ def test_fault_B5_verify_leaves_warnings_loggers_and_environment(monkeypatch):
     before = state()
     assert harness.verify("llama3", layouts="tp1", checks=["roundtrip"]).ok
     assert state() == before
+
+
+_BEFORE_AND_AFTER = """
+import logging, os, sys, warnings
+
+import megatron.core.models.gpt.gpt_layer_specs
+import torch
+import transformers
+from megatron.core.models.gpt import gpt_layer_specs, moe_module_specs
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer import mla_qk_norm_config, multi_latent_attention
+from megatron.core.transformer.moe import token_dispatcher
+from transformers.models.llama import modeling_llama
+
+WATCHED = (
+    torch.cuda, torch.distributed, torch.Tensor, gpt_layer_specs, moe_module_specs, random, mla_qk_norm_config,
+    mla_qk_norm_config.QKNormConfigResolver, multi_latent_attention, token_dispatcher, modeling_llama,
+)
+
+
+def state():
+    found = {(str(home), name): id(value) for home in WATCHED for name, value in vars(home).items() if name[:2] != "__"}
+    found |= {("environment", name): value for name, value in os.environ.items()}
+    found |= {("level", name): logging.getLogger(name).level for name in ("", "megatron", "transformers", "torch",
+                                                                          "torch.utils.cpp_extension")}
+    found["filters"] = [str(one) for one in warnings.filters]
+    found["threads"] = torch.get_num_threads()
+    found["verbosity"] = transformers.logging.get_verbosity()
+    return found
+
+
+def compare(what):
+    after = state()
+    changed = sorted(str(key) for key in {*before, *after} if before.get(key) != after.get(key))
+    new = [key for key in changed if "modules" not in key]
+    print(what, new)
+
+
+before = state()
+import bridges
+from bridges import AutoBridge, MegatronModelBridge
+import harness, harness.flops, toy_models
+compare("imports")
+before = state()
+folder = toy_models.write("llama3", sys.argv[1], shards=1)
+bridge = AutoBridge.from_hf_pretrained(folder)
+bridge.to_megatron_provider().finalize()
+compare("bridge")
+before = state()
+report = harness.verify("llama3", layouts="tp1")
+assert report.ok, report.cells
+compare("verify")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the substitutions are for machines without a GPU")
+def test_fault_B5_the_callers_process_is_as_it_was(tmp_path):
+    """In a new interpreter: torch, Megatron, transformers, the environment, loggers and filters before and after imports, a
+    bridge and a verify."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}
+    ended = subprocess.run(
+        [sys.executable, "-c", _BEFORE_AND_AFTER, str(tmp_path / "hf")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == ["imports []", "bridge []", "verify []"], ended.stdout

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
-from contextlib import nullcontext
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
 import torch
+
+logger = logging.getLogger("goldengate")
 
 
 class _Nothing:
@@ -151,31 +155,83 @@ def _on_cpu(maker: Callable) -> Callable:
     return make
 
 
-_installed = False
+_undo: list[Callable[[], Any]] | None = None  # how to take back what is installed; None: nothing is
 
 
 def install() -> None:
-    """Make Megatron-Core build and run on the CPU of this process (and of those forked from it)."""
-    global _installed
-    if _installed:
+    """Make Megatron-Core build and run on the CPU of this process (and of those forked from it), until `uninstall`.
+
+    Raises RuntimeError where a GPU is, and for a Megatron that no longer has one of the symbols, which is then named.
+    """
+    global _undo
+    if _undo is not None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("a GPU is present: the CPU substitutions are for machines without one")
-    for name, replacement in TORCH_CUDA.items():
-        setattr(torch.cuda, name, replacement)
-    for name, replacement in TORCH_DISTRIBUTED.items():
-        setattr(torch.distributed, name, replacement)
-    for (module, attribute), replacement in _megatron_symbols().items():
-        home = importlib.import_module(module)
-        if not hasattr(home, attribute):
-            raise RuntimeError(
-                f"{module}.{attribute} is gone from megatron-core {version('megatron-core')}: the CPU backend needs its new name"
-            )
-        setattr(home, attribute, replacement)
-    # Megatron compiles some of its small functions. Without a GPU that means a C++ compiler and ten seconds for each.
-    torch.compiler.set_stance("force_eager")
-    on_cpu = TorchOnCpu()
-    for module in LITERAL_CUDA:
-        importlib.import_module(module).torch = on_cpu  # type: ignore[attr-defined]
-    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
-    _installed = True
+    undo: list[Callable[[], Any]] = []
+
+    def put(home: Any, name: str, replacement: Any) -> None:
+        own = name in vars(home)  # what a class inherits is uncovered again, not copied
+        undo.append(partial(setattr, home, name, vars(home)[name]) if own else partial(delattr, home, name))
+        setattr(home, name, replacement)
+
+    try:
+        for name, replacement in TORCH_CUDA.items():
+            put(torch.cuda, name, replacement)
+        for name, replacement in TORCH_DISTRIBUTED.items():
+            put(torch.distributed, name, replacement)
+        for (module, attribute), replacement in _megatron_symbols().items():
+            home = importlib.import_module(module)
+            if not hasattr(home, attribute):
+                raise RuntimeError(
+                    f"{module}.{attribute} is gone from megatron-core {version('megatron-core')}: the CPU backend needs "
+                    "its new name"
+                )
+            put(home, attribute, replacement)
+        on_cpu = TorchOnCpu()
+        for module in LITERAL_CUDA:
+            put(importlib.import_module(module), "torch", on_cpu)
+        put(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)
+        # Megatron compiles some of its small functions. Without a GPU that means a C++ compiler and ten seconds for each.
+        torch.compiler.set_stance("force_eager")
+        undo.append(partial(torch.compiler.set_stance, "default"))
+    except BaseException:
+        _take_back(undo)
+        raise
+    _undo = undo
+
+
+def uninstall() -> None:
+    """Leave torch and Megatron as they were before `install`; without one it does nothing."""
+    global _undo
+    if _undo is not None:
+        _take_back(_undo)
+        _undo = None
+
+
+def _take_back(undo: list[Callable[[], Any]]) -> None:
+    for one in reversed(undo):
+        one()
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Substitute while the context lasts, where no GPU is; what was installed before it stays."""
+    mine = _undo is None and not torch.cuda.is_available()
+    if mine:
+        install()
+    try:
+        yield
+    finally:
+        if mine:
+            uninstall()
+
+
+def announce() -> None:
+    """Install for good in a process that builds a model on a CPU, and say so once."""
+    if _undo is None:
+        install()
+        logger.warning(
+            "no GPU here: torch.cuda and Megatron-Core are substituted in this process, so that models run on the CPU "
+            "(bridges.providers.cpu_substitutions.uninstall() takes it back)"
+        )

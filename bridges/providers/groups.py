@@ -21,7 +21,7 @@ def ensure_process_groups(provider: GPTModelProvider, layout: Layout | None = No
     Raises LayoutError when the world has fewer ranks than the layout needs, or another number.
     """
     if not torch.cuda.is_available():
-        cpu_substitutions.install()
+        cpu_substitutions.announce()
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:

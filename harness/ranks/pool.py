@@ -223,6 +223,8 @@ def _serve(rank: int, world_size: int, connection: Connection, folder: Path, par
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     torch.set_num_threads(1)
     if torch.cuda.is_available():
+        # Triton multiplies fp32 in TF32 unless it is told not to: fla's kernels would differ by 1e-3 from a right model.
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
         _first_configurations()
         from harness import plugins
         from harness.quiet import quiet
