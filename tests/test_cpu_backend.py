@@ -168,14 +168,14 @@ def replaced_now() -> list:
 
 def test_install_refuses_where_there_is_a_gpu(monkeypatch):
     """It says so and replaces nothing."""
-    monkeypatch.setattr(cpu_substitutions, "_installed", False)
+    monkeypatch.setattr(cpu_substitutions, "_undo", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(cpu_substitutions.TORCH_CUDA, "set_device", lambda device: "another")
     before = replaced_now()
     with pytest.raises(RuntimeError, match="a GPU is present"):
         cpu_substitutions.install()
     assert all(a is b for a, b in zip(replaced_now(), before, strict=True))
-    assert not cpu_substitutions._installed
+    assert cpu_substitutions._undo is None
 
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the substitutions refuse where there is a GPU")
@@ -193,7 +193,7 @@ def test_install_is_idempotent():
 @needs_no_gpu
 def test_install_says_which_symbol_is_gone(monkeypatch):
     """As it would with another megatron-core."""
-    monkeypatch.setattr(cpu_substitutions, "_installed", False)
+    monkeypatch.setattr(cpu_substitutions, "_undo", None)
     monkeypatch.setattr(
         cpu_substitutions, "_megatron_symbols", lambda: {("megatron.core.utils", "no_such_thing"): None}
     )
@@ -674,3 +674,20 @@ def test_transformer_engine_still_calls_them_so():
         "DotProductAttention": te.DotProductAttention(4, 16, softmax_type="learnable"),
     }
     assert {kind: {name for name, _ in module.named_parameters()} for kind, module in theirs.items()} == TE_NAMES
+
+
+@needs_no_gpu
+def test_what_is_installed_can_be_taken_back(monkeypatch):
+    """Also when the installation fails half-way: every symbol is the one that it was."""
+    monkeypatch.setattr(cpu_substitutions, "_undo", None)
+    before = replaced_now()
+    with cpu_substitutions.installed():
+        assert torch.cuda.current_device() == torch.device("cpu")
+        changed = replaced_now()
+    assert all(a is b for a, b in zip(replaced_now(), before, strict=True))
+    assert not all(a is b for a, b in zip(changed, before, strict=True))
+    symbols = {**cpu_substitutions._megatron_symbols(), ("megatron.core.utils", "no_such_thing"): None}
+    monkeypatch.setattr(cpu_substitutions, "_megatron_symbols", lambda: symbols)
+    with pytest.raises(RuntimeError, match="no_such_thing"):
+        cpu_substitutions.install()
+    assert all(a is b for a, b in zip(replaced_now(), before, strict=True))
