@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -94,7 +96,9 @@ class AutoBridge:
     def to_megatron_provider(self, load_weights: bool = True) -> GPTModelProvider:
         """A provider for the model, still to be finalized. Where there is a checkpoint, the models it provides come with
         its weights, unless `load_weights` is False."""
-        provider = self._model_bridge.provider_bridge(self.hf_pretrained)
+        with _one_error(self.hf_pretrained):
+            provider = self._model_bridge.provider_bridge(self.hf_pretrained)
+        _check_numbers(provider)
         if not provider.vocab_size:  # a bridge that makes its own provider may leave it to the config
             provider.vocab_size = self.hf_pretrained.config.vocab_size
         if load_weights and self.hf_pretrained.path is not None:
@@ -278,6 +282,28 @@ class _Loader:
 
     def __deepcopy__(self, memo: dict) -> _Loader:
         return self
+
+
+@contextlib.contextmanager
+def _one_error(pretrained: PreTrainedCausalLM) -> Iterator[None]:
+    """What a wrong value of a config sets off in a bridge's code is a ConfigError; the stack stays behind it."""
+    try:
+        yield
+    except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError, MemoryError) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"{pretrained.path or 'config'}: no model can be made of this config ({what})") from error
+
+
+def _check_numbers(provider: GPTModelProvider) -> None:
+    """ConfigError, naming all, for fields of the provider that count something and hold no whole number."""
+    counts = ("int", "Optional[int]", "int | None", int, int | None)
+    wrong = [
+        f"{field.name} is {value!r}"
+        for field in dataclasses.fields(provider)
+        if field.type in counts and not isinstance(value := getattr(provider, field.name), int | None)
+    ]
+    if wrong:
+        raise ConfigError(f"the config gives {', '.join(wrong)}: whole numbers are needed")
 
 
 def _stored(source: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

@@ -22,6 +22,8 @@ from bridges.checkpoints.reader import Checkpoint, CheckpointError, check_inside
 from bridges.config_fields import STORAGE
 from bridges.model_bridge import ConfigError, MegatronModelBridge
 
+MOST, MOST_LAYERS = 2**31 - 1, 2**16  # of any whole number in a config; of layers
+
 # Organisations whose hub repositories may run their own code without being asked for each.
 SAFE_REPOS: list[str] = [
     "deepseek-ai",
@@ -113,7 +115,9 @@ def read_config(file: Path) -> dict[str, Any]:
 def load_config(raw: dict[str, Any], path: Path, trusted: bool) -> PreTrainedConfig:
     """The config object of a config.json. For a model type that transformers does not have, a bridge that names it says how
     to read it. Else code that the checkpoint ships for it runs, only when `trusted`; without any it is a plain config."""
+    check_sizes(raw, path)
     try:
+        _check_model_type(raw)
         if kind := _config_class(raw):
             return kind.from_dict(copy.deepcopy(raw))  # it writes into nested dicts
         if raw.get("auto_map"):
@@ -131,6 +135,32 @@ def load_config(raw: dict[str, Any], path: Path, trusted: bool) -> PreTrainedCon
     except Exception as error:  # transformers' strict configs raise their own kinds
         file = path if path.suffix == ".json" else path / "config.json"
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from error
+
+
+def check_sizes(raw: dict[str, Any], path: Path, below: str = "") -> None:
+    """ConfigError, naming all, for whole numbers that no model has: config classes make lists as long as they say."""
+    wrong = []
+    for name, value in raw.items():
+        limit = MOST_LAYERS if re.search(r"layers?$", name) else MOST
+        if isinstance(value, dict):
+            check_sizes(value, path, f"{below}{name}.")
+        elif type(value) is int and abs(value) > limit:
+            wrong.append(f"{below}{name} is {value:.6g}, over {limit}")
+    if wrong:
+        raise ConfigError(f"{path}: {', '.join(wrong)}: no machine holds such a model")
+
+
+def _check_model_type(raw: dict[str, Any]) -> None:
+    """ConfigError for a model type that nobody knows beside an architecture whose model type transformers has: with a plain
+    config the defaults of its class (1e-6 or 1e-5 for an epsilon) would be lost."""
+    registration, model_type = MegatronModelBridge.registered(raw.get("architectures")), raw.get("model_type")
+    if registration is None or registration.bridge.HF_FIELDS or raw.get("auto_map"):
+        return
+    known = registration.model_type
+    if known in HF_CONFIG_CLASSES and model_type not in (known, *registration.aliases):
+        if isinstance(model_type, str) and model_type in HF_CONFIG_CLASSES:
+            return  # a text model under its vision-language model's type, say
+        raise ConfigError(f"model_type {model_type!r} is not known; {raw['architectures'][0]} goes with {known!r}")
 
 
 def _check_code_stays(auto_map: Any, folder: Path) -> None:

@@ -309,10 +309,32 @@ def _read(row: str) -> Golden:
     try:
         with safe_open(path(row), "pt") as file:
             provenance = json.loads(file.metadata()["provenance"])
-            return Golden(row, {name: file.get_tensor(name) for name in file.keys()}, provenance)  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            golden = Golden(row, {name: file.get_tensor(name) for name in file.keys()}, provenance)  # noqa: SIM118
+        _check_evidence(golden)
+        return golden
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         message = f"{path(row)} is no golden ({error}); delete it, then: {regen_command(row)}"
         raise ValueError(message) from error
+
+
+def _check_evidence(golden: Golden) -> None:
+    """KeyError, TypeError or ValueError for provenance that lacks something, or whose limits do not follow from its noise: a
+    limit that was edited would let anything pass."""
+    said = golden.provenance
+    for name in ("inputs", "logits", "gradients"):
+        golden.tensors[name]
+    for name in ("config_hash", "weights_hash", "tensors_hash", "command", "reason"):
+        if not isinstance(said[name], str):
+            raise TypeError(f"{name} is {said[name]!r}")
+    if said["row"] != golden.row or not isinstance(said["versions"], dict) or said["seed"] != toy_models.SEED:
+        raise ValueError(f"it says row {said['row']!r}, seed {said['seed']!r}, versions {said['versions']!r}")
+    for name, noise in (("gate", max(said["noise"].values())), ("gradient_gate", said["gradient_noise"])):
+        if not 0 <= noise <= 1:
+            raise ValueError(f"noise of {noise!r} is none")
+        if said[name] != (due := max(GATE, _three_digits(NOISE_FACTOR * noise))):
+            raise ValueError(f"{name} is {said[name]!r}, and {due} follows from the noise")
+    if said["gradient_gate"] > GRADIENT_GATE_LIMIT:
+        raise ValueError(f"gradient_gate is {said['gradient_gate']}, over {GRADIENT_GATE_LIMIT}")
 
 
 def _canonical(content: Mapping) -> str:
