@@ -11,6 +11,22 @@ import pytest
 pytest_plugins = ["harness.pytest_plugin"]
 
 
+def pytest_addoption(parser):
+    parser.getgroup("goldengate").addoption(
+        "--faults",
+        action="store_true",
+        help="tests/faults: each fault as often as docs/reliability.md says, not a few times",
+    )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print how often each fault was tried."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, count in report.user_properties:
+            if name == "faults" and report.when == "call":
+                terminalreporter.write_line(f"{count:6,} times  {report.nodeid.rpartition('::')[2]}: {report.outcome}")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """Tests share the cores; what measures time, or a GPU, runs alone."""

@@ -116,6 +116,9 @@ def load_config(raw: dict[str, Any], path: Path, trusted: bool) -> PreTrainedCon
     """The config object of a config.json. For a model type that transformers does not have, a bridge that names it says how
     to read it. Else code that the checkpoint ships for it runs, only when `trusted`; without any it is a plain config."""
     check_sizes(raw, path)
+    named = raw.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
+        raise ConfigError(f"{path}: architectures is {named!r}: a list of class names is needed")
     try:
         _check_model_type(raw)
         if kind := _config_class(raw):
