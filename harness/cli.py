@@ -20,7 +20,6 @@ from harness.commands.options import JsonOption, LayoutOption, TrustOption, writ
 from harness.commands.verify import verify
 from harness.processes import exit_on_signals
 from harness.report.console import printable
-from harness.startup import compiler_deferred
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,12 +64,10 @@ def families(json_file: JsonOption = None) -> None:
     """The rows: model type, architecture, mechanisms, and the layouts each is proven in."""
     from rich.table import Table
 
+    import toy_models
+    from harness.reference import goldens
     from harness.report.console import Console
-
-    with compiler_deferred():
-        import toy_models
-        from harness.reference import goldens
-        from harness.sweep import describe, layouts_of
+    from harness.sweep import describe, layouts_of
 
     rows = [
         {**describe(row, layouts_of(row, "full")), "golden": row in goldens.list_goldens()} for row in toy_models.rows()
@@ -108,12 +105,10 @@ def flops(
     json_file: JsonOption = None,
 ) -> None:
     """FLOPs of one forward and backward by named part, under a stated convention."""
+    from harness.flops import command
+    from harness.flops import flops as count
     from harness.quiet import quiet
     from harness.report.console import Console
-
-    with compiler_deferred():
-        from harness.flops import command
-        from harness.flops import flops as count
 
     quiet()
     try:
@@ -141,10 +136,8 @@ def plan(
     json_file: JsonOption = None,
 ) -> None:
     """Prove by metadata that a model converts in a layout of any size: no weights, no ranks. Exit 1: not proven."""
+    from harness import plan as planning
     from harness.quiet import quiet
-
-    with compiler_deferred():
-        from harness import plan as planning
 
     quiet()
     found = planning.plan(config, layout, dtype)

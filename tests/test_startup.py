@@ -6,10 +6,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from harness.cli import main
-from harness.startup import compiler_deferred
 
 HEAVY = ("torch", "transformers", "megatron", "numpy")
 
@@ -47,35 +45,3 @@ def test_the_version_is_one_line(capsys, monkeypatch):
         main()
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith("goldengate 0.")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="where a GPU is nothing is deferred")
-def test_deferred_functions_are_the_compiled_ones_and_torch_is_left_as_it_was(monkeypatch):
-    """The decorator runs once, at the first call, with its options; a module is compiled at once."""
-    seen = []
-
-    def decorator(function=None, **options):
-        seen.append((function, options))
-        return lambda *given: (function(*given), "compiled")
-
-    def double(x):
-        """Twice."""
-        return 2 * x
-
-    monkeypatch.setattr(torch, "compile", decorator)
-    disable = torch.compiler.disable
-    module = torch.nn.Identity()
-    with compiler_deferred():
-        function = torch.compile(double, dynamic=True)
-        assert torch.compiler.disable is not disable
-        assert seen == []
-        torch.compile(module)
-        other = torch.compile(fullgraph=True)(double)
-    assert torch.compile is decorator
-    assert torch.compiler.disable is disable
-    assert seen == [(module, {})]
-    assert [function(1), function(2)] == [(2, "compiled"), (4, "compiled")]
-    assert seen[1:] == [(double, {"dynamic": True})]
-    assert other(3) == (6, "compiled")
-    assert seen[2:] == [(double, {"fullgraph": True})]
-    assert (function.__name__, function.__doc__) == ("double", "Twice.")

@@ -16,7 +16,6 @@ from harness.commands.options import (
     TrustOption,
     write_json,
 )
-from harness.startup import compiler_deferred
 
 app = typer.Typer(no_args_is_help=True, help="Real checkpoints, in any layout.")
 
@@ -34,8 +33,7 @@ def convert_roundtrip(
     json_file: JsonOption = None,
 ) -> None:
     """Hugging Face -> Megatron in a layout -> Hugging Face, compared bit for bit."""
-    with compiler_deferred():
-        from harness.convert import roundtrip
+    from harness.convert import roundtrip
 
     result = roundtrip(source, layout, target, trust_remote_code, dtype=dtype, lossy=lossy)
     write_json(json_file, result)
@@ -53,8 +51,7 @@ def convert_import(
     json_file: JsonOption = None,
 ) -> None:
     """Hugging Face -> a Megatron distributed checkpoint."""
-    with compiler_deferred():
-        from harness.convert import import_checkpoint
+    from harness.convert import import_checkpoint
 
     result = import_checkpoint(source, target, layout, trust_remote_code, dtype=dtype, lossy=lossy)
     write_json(json_file, result)
@@ -77,8 +74,7 @@ def convert_export(
     json_file: JsonOption = None,
 ) -> None:
     """A Megatron distributed checkpoint -> Hugging Face."""
-    with compiler_deferred():
-        from harness.convert import export_checkpoint
+    from harness.convert import export_checkpoint
 
     result = export_checkpoint(source, target, reference, layout, trust_remote_code, dtype=dtype, lossy=lossy)
     write_json(json_file, result)

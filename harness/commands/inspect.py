@@ -8,7 +8,6 @@ import typer
 
 from harness.commands.options import JsonOption, TrustOption, write_json
 from harness.report.console import printable
-from harness.startup import compiler_deferred
 
 
 def inspect(
@@ -19,9 +18,8 @@ def inspect(
     json_file: JsonOption = None,
 ) -> None:
     """What a model is, which bridge fits or is nearest, which fields nobody knows, how large it is, and where it fits."""
-    with compiler_deferred():
-        from harness.inspection.inspect import inspect as look
-        from harness.inspection.lines import lines
+    from harness.inspection.inspect import inspect as look
+    from harness.inspection.lines import lines
     from harness.quiet import quiet
 
     if (gpus is None) != (memory is None):

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from harness.commands.options import JsonOption, PluginOption, TrustOption, output, words
-from harness.startup import compiler_deferred
 
 SECONDS_A_CELL = 0.3  # of one core, about; for the estimate that is printed
 
@@ -43,17 +42,15 @@ def verify(
     ] = None,
 ) -> None:
     """Check rows, or toys of your own models, in layouts, with Megatron-Core's own models and collectives."""
+    import toy_models
+    from harness import plugins, workers
+    from harness import targets as given
+    from harness.mechanisms import sample
+    from harness.reference import goldens
     from harness.report.console import Console
-
-    with compiler_deferred():
-        import toy_models
-        from harness import plugins, workers
-        from harness import targets as given
-        from harness.mechanisms import sample
-        from harness.reference import goldens
-        from harness.report.terminal import ProgressPrinter, print_table
-        from harness.sweep import layouts_of, verify_rows
-        from harness.targets import TargetError
+    from harness.report.terminal import ProgressPrinter, print_table
+    from harness.sweep import layouts_of, verify_rows
+    from harness.targets import TargetError
 
     for one in plugin or ():
         plugins.load(one)
