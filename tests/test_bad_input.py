@@ -239,14 +239,17 @@ QKV = r"as Megatron's decoder\.layers\.3\.self_attention\.linear_qkv\.weight"
         (put("model.norm.weight", torch.ones(63)), r"model\.norm\.weight as .*shape \(63,\); Megatron holds \(64,\)"),
         (
             put("model.embed_tokens.weight", torch.ones(130, 64)),
-            r"vocab_size is 131, but model\.embed_tokens\.weight has 130 rows: set vocab_size to 130",
+            r"vocab_size is 131, but model\.embed_tokens\.weight has 130 rows: set vocab_size to 130 in config\.json",
         ),
-        (put("lm_head.weight", torch.ones(132, 64)), r"vocab_size is 131, but lm_head\.weight has 132 rows: set"),
+        (
+            put("lm_head.weight", torch.ones(132, 64)),
+            r"vocab_size is 131, but lm_head\.weight has 132 rows: set vocab_size to 132 in config\.json",
+        ),
         (put(DOWN, torch.ones(64, 96, dtype=torch.int8)), rf"{re.escape(DOWN)} is int8 .* dequantise"),
         (put(DOWN, torch.ones(64, 96).to(torch.float8_e4m3fn)), rf"{re.escape(DOWN)} is float8_e4m3fn .* dequantise"),
         (
-            put(DOWN, torch.full((64, 96), 0.1, dtype=torch.float64)),
-            r"mlp\.down_proj\.weight \(1 in all\) is float64 .* precision would be lost",
+            put(DOWN, torch.full((64, 96), 0.1, dtype=torch.float64)),  # no float32 is 0.1 to float64's precision
+            r"model\.layers\.\*\.mlp\.down_proj\.weight \(1 in all\) is float64 .* precision would be lost",
         ),
     ],
 )
@@ -298,7 +301,13 @@ def test_a_tied_model_with_the_same_head_on_disk_comes_home_with_it(copy, tmp_pa
 
 # Configs.
 
-LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+SHORT_LONGROPE = {  # a factor short: 16 values of a head are 8 pairs
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "short_factor": [1.0] * 7,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize(
@@ -312,9 +321,14 @@ LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 8, "
             {"is_causal": False, "vision_feature_layer": 3},
             r"config fields is_causal = False, vision_feature_layer = 3, which LlamaForCausalLM reads, are not known",
         ),
-        ({"attention_bias": True}, r"config field attention_bias = True: LlamaBridge computes only .*False"),
+        ({"attention_bias": True}, r"model\.layers\.0\.self_attn\.o_proj\.bias is missing"),
+        ({"mlp_bias": True}, r"mlp\.\w+_proj\.bias is missing"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"its weights are quantised \(fp8\), .*config\.json alone"),
-        ({"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 64}}, r"rope_type 'longrope' .*not built"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+            r"rope_type 'dynamic' .*not built; known: default, ",
+        ),
+        ({"rope_scaling": SHORT_LONGROPE}, r"LlamaForCausalLM cannot be built from this config: .*\[7\]"),
         ({"rope_scaling": {"rope_type": "llama3"}}, r"config\.json: .*low_freq_factor"),
         ({"num_attention_heads": 5}, r"config\.json: .*hidden size \(64\).* attention heads \(5\)"),
         ({"num_attention_heads": "4"}, r"config\.json: .*'num_attention_heads'.*str"),
