@@ -54,6 +54,18 @@ def sleep_for_ever_on(rank: int) -> int:
     return 7
 
 
+def one_of(tensors: dict[str, torch.Tensor]) -> float:
+    """Reads a tensor of the arguments, on every rank."""
+    return float(tensors["a"].sum())
+
+
+class Unreadable:
+    """Pickles, and cannot be unpickled."""
+
+    def __reduce__(self):
+        return int, ("no number",)
+
+
 def answer_a_lambda() -> object:
     return lambda: None
 
@@ -161,6 +173,16 @@ def test_an_answer_that_does_not_pickle_is_an_error(ranks):
     error = failure(ranks, answer_a_lambda)
     assert "pickle" in str(error)
     assert "gave no answer" not in str(error)
+
+
+def test_every_rank_gets_the_tensors_of_the_arguments(ranks):
+    """torch passes a tensor's memory once for each pickle: one pickle for all ranks served the first only."""
+    assert ranks.run(2, one_of, {"a": torch.arange(5.0)}) == [10.0, 10.0]
+
+
+def test_an_argument_that_does_not_unpickle_is_an_error_with_its_cause(ranks):
+    """And no rank that silently left."""
+    assert "ValueError: invalid literal" in str(failure(ranks, hello, Unreadable()))
 
 
 def test_an_argument_that_does_not_pickle_leaves_the_pool_usable(ranks):

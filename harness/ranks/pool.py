@@ -89,10 +89,11 @@ class Pool:
         Raises RankError. After that, or anything else that interrupts a job, the pool is closed: an answer still under way
         would be taken for the next job's.
         """
-        # What does not pickle is found before any rank has half a job.
-        payload = bytes(ForkingPickler.dumps((function, args)))
+        # What does not pickle is found before any rank has half a job. Each rank has a pickle of its own: torch passes a
+        # tensor as a file that can be fetched once.
+        payloads = [bytes(ForkingPickler.dumps((function, args))) for _ in self.connections]
         try:
-            results, failures = self._answers(payload, function.__name__, deadline_s)
+            results, failures = self._answers(payloads, function.__name__, deadline_s)
             if failures:
                 raise _joined(failures, self.world_size)
             return results
@@ -100,7 +101,7 @@ class Pool:
             self.close()
             raise
 
-    def _answers(self, payload: bytes, job: str, deadline_s: float) -> tuple[list[Any], dict[int, Failure]]:
+    def _answers(self, payloads: list[bytes], job: str, deadline_s: float) -> tuple[list[Any], dict[int, Failure]]:
         end = time.monotonic() + deadline_s
         results: list[Any] = [None] * self.world_size
         failures: dict[int, Failure] = {}
@@ -108,7 +109,7 @@ class Pool:
         waiting: dict[Any, int] = {}
         for rank, connection in enumerate(self.connections):
             try:
-                send(connection, payload, end)
+                send(connection, payloads[rank], end)
                 waiting[connection] = rank
             except TimeoutError:
                 late.append(rank)
@@ -233,10 +234,11 @@ def _serve(rank: int, world_size: int, connection: Connection, folder: Path, par
         plugins.load_from_environment()
     while True:
         try:
-            function, args = pickle.loads(receive(connection))
+            message = receive(connection)
         except (EOFError, OSError):
             os._exit(0)  # no atexit: they belong to the parent
         try:
+            function, args = pickle.loads(message)
             answer = (True, function(*args))
         except BaseException as error:
             answer = (False, _failure(error))
