@@ -40,6 +40,10 @@ class ConfigError(GoldengateError, ValueError):
     """A config.json that the bridge cannot account for: the message names the field."""
 
 
+class UnreadError(AttributeError):
+    """A field that transformers' class does not read, so that as far as the model goes it is not there."""
+
+
 @dataclass(frozen=True)
 class Reads:
     """The fields that the class `reader` reads under one config: names as in `attribute_map`'s values, those of nested
@@ -68,7 +72,7 @@ class Seen:
 
     def __getattr__(self, name: str) -> Any:
         if name not in self._reads:
-            raise AttributeError(f"{self._reads.reader} does not read {name}")
+            raise UnreadError(f"{self._reads.reader} does not read {name}")
         value = getattr(self._config, name)
         if isinstance(value, dict):
             return {key: one for key, one in value.items() if f"{name}.{key}" in self._reads.names}

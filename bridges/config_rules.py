@@ -141,7 +141,7 @@ NORM_TOPK = Rule(  # renormalising the chosen probabilities is softmax over the 
 FIRST_K_DENSE = Rule(
     ("first_k_dense_replace", "mlp_layer_types"),
     lambda c: {"moe_layer_freq": [int(i >= c.first_k_dense_replace) for i in range(c.num_hidden_layers)]},
-    lambda p: {"first_k_dense_replace": p.moe_layer_freq.index(1)},
+    lambda p: {"first_k_dense_replace": [*p.moe_layer_freq, 1].index(1)},
 )
 
 
@@ -205,7 +205,7 @@ def shared_experts(name: str) -> Rule:
     return Rule(
         (name,),
         to_megatron,
-        lambda p: {name: (p.moe_shared_expert_intermediate_size or 0) // p.moe_ffn_hidden_size},
+        lambda p: {name: (p.moe_shared_expert_intermediate_size or 0) // (p.moe_ffn_hidden_size or 1)},
     )
 
 

@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING as HF_CONFIG_CLASSES
 from transformers import PreTrainedConfig
 
 from bridges import config_fields
-from bridges.config_reads import ConfigError, Seen, reads
+from bridges.config_reads import ConfigError, Seen, UnreadError, reads
 from bridges.config_rules import DTYPE, HEAD_DIM, ROPE, WINDOW, Rule, dtype_from_hf
 from bridges.conversion.mapping import MegatronMappingRegistry
 from bridges.errors import GoldengateError, near_miss
@@ -216,6 +216,10 @@ class MegatronModelBridge:
         for rule in cls._rules():
             try:
                 kwargs.update(rule.to_megatron(config if rule.unread else read))
+            except UnreadError as error:
+                if seen and any(name in seen for name in rule.hf):
+                    raise ConfigError(f"config fields {', '.join(rule.hf)}: {error}") from error
+                # else the rule is about parts that this model has not, as experts where all layers are dense
             except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
                 if isinstance(error, GoldengateError):
                     raise

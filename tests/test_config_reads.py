@@ -18,6 +18,8 @@ import toy_models
 from bridges import AutoBridge
 from bridges.config_fields import MACHINERY, another
 from bridges.config_reads import model_class, reads
+from bridges.config_rules import Rule
+from bridges.families.llama import LlamaBridge
 from bridges.hf_pretrained import CheckpointError, ConfigError, PreTrainedCausalLM, load_config
 from bridges.model_bridge import MegatronModelBridge
 from bridges.source_checks import check_mtp
@@ -145,6 +147,33 @@ def test_fault_C4_a_rule_applies_only_where_its_field_is_read(row, fields):
     raw = toy_models.config_dict(row)
     assert vars(provider_of({**raw, **fields})) == vars(provider_of(raw))
     assert torch.equal(logits(row, native(row, **fields)), logits(row, native(row)))
+
+
+@pytest.mark.parametrize("row", ["deepseek_v3", "deepseek_v2_lite", "moonlight", "glm4_moe", "dots1"])
+def test_rules_about_experts_rest_where_every_layer_is_dense(row):
+    """transformers reads no field of theirs then: the model has none, and its config says so again."""
+    raw = toy_models.config_dict(row)
+    bridge = bridge_of({**raw, "first_k_dense_replace": raw["num_hidden_layers"]})
+    provider = bridge.to_megatron_provider(load_weights=False)
+    assert (provider.num_moe_experts, provider.moe_shared_expert_intermediate_size) == (None, None)
+    assert provider.moe_router_num_groups is None
+    config = bridge._model_bridge.megatron_to_hf_config(provider)
+    assert config["first_k_dense_replace"] == raw["num_hidden_layers"]
+    assert provider_of({**raw, **config}).num_moe_experts is None
+
+
+def test_a_rule_of_which_transformers_reads_a_part_is_refused_for_the_rest():
+    """Half of what it is about is there: nothing is guessed."""
+
+    class Half(LlamaBridge):
+        CONFIG_RULES = (
+            *LlamaBridge.CONFIG_RULES,
+            Rule(("hidden_size", "num_experts"), lambda c: {"num_moe_experts": c.num_experts}, lambda p: {}),
+        )
+
+    raw = {**toy_models.config_dict("llama3"), "num_experts": 8}
+    with pytest.raises(ConfigError, match="hidden_size, num_experts: LlamaForCausalLM does not read num_experts"):
+        Half.hf_config_to_provider_kwargs(load_config(raw, Path("model"), trusted=False))
 
 
 @pytest.mark.parametrize("row", ["llama3", "qwen2", "mixtral", "deepseek_v3", "qwen3_next", "bailing_moe_v2"])
