@@ -24,10 +24,10 @@ L, BATCH = 100, 3
 T = L * BATCH  # tokens
 
 
-def dense(**fields) -> GPTModelProvider:
+def dense[P: GPTModelProvider](kind: type[P] = GPTModelProvider, **fields) -> P:
     """Two layers, h 64, 4 heads in 2 groups of 24 channels, ffn 96, vocabulary 131. Not finalized: fields are what they are."""
     sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 24}
-    return GPTModelProvider(**{**sizes, "ffn_hidden_size": 96, "vocab_size": 131, **fields})
+    return kind(**{**sizes, "ffn_hidden_size": 96, "vocab_size": 131, **fields})
 
 
 def moe(**fields) -> GPTModelProvider:
@@ -210,11 +210,17 @@ def test_sparse_attention():
     assert sharing["dsa_indexer_scores"][0] * 2 == parts["dsa_indexer_scores"][0]
 
 
-def hybrid(pattern: str, **fields):
-    """A dense configuration with Megatron's hybrid letters beside it."""
-    config = dense(is_hybrid_model=True, num_layers=len(pattern.partition("/")[0].replace("|", "")), **fields)
-    config.hybrid_layer_pattern = pattern
-    return config
+@dataclasses.dataclass
+class HybridProvider(GPTModelProvider):
+    """With Megatron's hybrid letters, which its models take beside the configuration."""
+
+    hybrid_layer_pattern: str = ""
+
+
+def hybrid(pattern: str, **fields) -> HybridProvider:
+    """A dense configuration with Megatron's hybrid letters."""
+    layers = len(pattern.partition("/")[0].replace("|", ""))
+    return dense(HybridProvider, is_hybrid_model=True, num_layers=layers, hybrid_layer_pattern=pattern, **fields)
 
 
 def test_mamba():
@@ -247,13 +253,20 @@ def test_hybrid_letters_are_blocks():
     assert set(found.by_place()) == {"layers.0", "layers.1", "layers.2", "layers.3", "mtp.0", "output"}
 
 
+@dataclasses.dataclass
+class BlocksProvider(GPTModelProvider):
+    """With what Megatron's heterogeneous configuration says of each block."""
+
+    per_block_parameters: list[TransformerBlockConfig] = dataclasses.field(default_factory=list)
+
+
 def test_heterogeneous_layers():
     """A block with its own groups and width, a square matrix, nothing."""
     own = TransformerBlockConfig(AttentionConfig(num_query_groups=1), MLPConfig(ffn_hidden_size=32))
     square = TransformerBlockConfig(AttentionConfig(replace_with_linear=True), MLPConfig(replace_with_linear=True))
     nothing = TransformerBlockConfig(AttentionConfig(no_op=True), MLPConfig(no_op=True))
-    config = dense(num_layers=3, heterogeneous_block_specs=True)
-    config.per_block_parameters = [own, square, nothing]
+    blocks = [own, square, nothing]
+    config = dense(BlocksProvider, num_layers=3, heterogeneous_block_specs=True, per_block_parameters=blocks)
     parts = counts(config)
     assert parts["qkv"] == linear(64, 96 + 24 + 24)
     assert parts["dense_mlp"] == linear(64, 3 * 32)

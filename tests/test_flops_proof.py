@@ -138,9 +138,12 @@ def test_flops_in_a_module_that_is_no_part_are_an_error():
     """A new module must be given its part; it is not dropped."""
     one = Counted(8, "0.decoder.layers.2.self_attention.linear_new", "aten.mm", False)
     with pytest.raises(RuntimeError, match=r"8 FLOPs of aten.mm in module decoder.layers.2.self_attention.linear_new"):
-        place_and_part(one, {"0.decoder.layers.2": 5})
+        place_and_part(one, {"0.decoder.layers.2": 5}, "output_layer")
     with pytest.raises(RuntimeError, match="belong to no part"):
-        place_and_part(Counted(8, "", "aten.mm", False), {})
+        place_and_part(Counted(8, "", "aten.mm", False), {}, "output_layer")
+    with pytest.raises(RuntimeError, match="'output_layer' belong to no part"):
+        place_and_part(Counted(8, "0.output_layer", "aten.mm", False), {}, "language_model.output_layer")
+    assert place_and_part(Counted(8, "0.output_layer", "aten.mm", False), {}, "output_layer") == ("output", "logits")
 
 
 # -- traps of the counter --------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from bridges.mechanisms import gdn
 from bridges.mechanisms.blocks import either
 from bridges.providers import cpu_substitutions
 from bridges.providers.cpu_backend import l2norm
+from harness.mechanisms import mechanisms, provider_of
 from harness.ranks import jobs
 from harness.ranks.pool import RankError, Ranks
-from harness.sweep import mechanisms, verify
+from harness.sweep import verify
 from tests import bounds, test_mutants
 from tests.test_cpu_backend import needs_no_gpu
 from tests.test_mutants import (
@@ -411,10 +412,17 @@ def test_layer_types_come_back_from_an_interval():
     assert gdn.LAYER_TYPES.to_hf(provider) == {"layer_types": ["linear_attention", "full_attention"] * 2}
 
 
-@pytest.mark.parametrize("row", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"])
-def test_rows_name_their_mechanisms(row):
-    assert {"GDN", "gated attention"} <= set(mechanisms(row))
-    assert ("fused on disk" in mechanisms(row)) == (row == "qwen3_5_moe_text")
+@pytest.mark.parametrize(
+    ("row", "own"),
+    [
+        ("qwen3_next", {"MoE", "shared expert"}),
+        ("qwen3_5_text", {"dense", "tied"}),
+        ("qwen3_5_moe_text", {"MoE", "shared expert"}),
+    ],
+)
+def test_rows_name_their_mechanisms(row, own):
+    common = {"GDN", "gated attention", "q/k norm", "zero-centred norm", "partial rotary", "MTP"}
+    assert set(mechanisms(provider_of(row))) == common | own
 
 
 # -- substitutions -------------------------------------------------------------------------------------------------------

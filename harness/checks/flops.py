@@ -47,14 +47,14 @@ HEAD = ("logits", "logits_padding", "mtp_head", "mtp_head_padding")
 Table = dict[tuple[str, str], tuple[int, int]]  # (place, part) -> (forward, backward)
 
 
-def place_and_part(counted: Counted, layer_numbers: dict[str, int]) -> tuple[str, str]:
+def place_and_part(counted: Counted, layer_numbers: dict[str, int], output: str) -> tuple[str, str]:
     """Where a counted operation belongs. Raises RuntimeError for a module that is no part.
 
-    `layer_numbers`: path of a decoder layer's module -> its number in the whole model, from 0.
+    `layer_numbers`: path of a decoder layer's module -> its number in the whole model, from 0;
+    `output`: path of the output layer.
     """
     chunk, _, path = counted.module.partition(".")
-    walk = walk_of(jobs.current().provider)
-    if path == walk.model + walk.output:
+    if path == output:
         return "output", "logits"
     if match := re.fullmatch(r"mtp\.layers\.(\d+)\.eh_proj", path):
         return f"mtp.{match[1]}", "mtp_proj"
@@ -87,8 +87,9 @@ def count_on_rank(input_ids: np.ndarray, cotangent: np.ndarray) -> tuple[Table, 
     with counting({str(i): chunk for i, chunk in enumerate(chunks)}) as counter:
         training.backward(input_ids, cotangent)
     table: Table = {}
+    walk = walk_of(jobs.current().provider)
     for one in counter.counted:
-        key = place_and_part(one, numbers)
+        key = place_and_part(one, numbers, walk.model + walk.output)
         forward, backward = table.get(key, (0, 0))
         table[key] = (forward, backward + one.flops) if one.backward else (forward + one.flops, backward)
     return table, dict(counter.corrections)
