@@ -26,7 +26,7 @@ def line(file: Path) -> tuple[str, str]:
         report: Report = verify(str(file), layouts=WITH_EXPERTS if experts else LAYOUTS)
     except (GoldengateError, ValueError) as error:
         kind = "no bridge" if "has no bridge" in str(error) else "refused"
-        return kind, str(error).splitlines()[0]
+        return kind, str(error).splitlines()[0].replace(f"{file.parent}/", "")
     wrong = [f"{c.layout} {c.check}: {c.detail}" for c in report.cells if c.status in ("fail", "error")]
     found = report.summary()
     return (
