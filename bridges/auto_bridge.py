@@ -50,6 +50,7 @@ class AutoBridge:
     def __init__(self, hf_pretrained: PreTrainedCausalLM, bridge: type[MegatronModelBridge] | None = None):
         if bridge is None:
             bridge = MegatronModelBridge.find(hf_pretrained.config).bridge
+        _refuse_hooks(bridge)
         bridge.check_config(hf_pretrained.config, hf_pretrained.raw)
         check_spellings(hf_pretrained.raw or {}, hf_pretrained.config.attribute_map)
         self.hf_pretrained = hf_pretrained
@@ -316,6 +317,26 @@ def _chunks(model: Any) -> Sequence:
 
 def _config(model) -> Any:
     return unwrap(model[0] if isinstance(model, list | tuple) else model).config
+
+
+# Hooks of other bridges' base classes. Weights go through declared views here, so that a hook would never be called.
+NEVER_CALLED = (
+    "maybe_modify_loaded_hf_weight",
+    "maybe_modify_converted_hf_weight",
+    "load_weights_hf_to_megatron",
+    "stream_weights_hf_to_megatron",
+    "stream_weights_megatron_to_hf",
+    "build_conversion_tasks",
+)
+
+
+def _refuse_hooks(bridge: type[MegatronModelBridge]) -> None:
+    """Raise ConfigError for a bridge that relies on methods which nobody calls, all named."""
+    if found := [name for name in NEVER_CALLED if hasattr(bridge, name)]:
+        raise ConfigError(
+            f"{bridge.__name__} overrides {', '.join(found)}, which is never called here: say with views in "
+            "mapping_registry() how tensors become parameters, and dequantise a checkpoint before it is converted"
+        )
 
 
 def _together(action) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import toy_models
-from bridges import AutoBridge, GoldengateError, GPTModelProvider, PlanError
+from bridges import AutoBridge, ConfigError, GoldengateError, GPTModelProvider, PlanError
 from bridges.conversion.transfer import box_view
 from bridges.conversion.views import Box
 from bridges.providers.lock import ProviderError
@@ -294,3 +294,15 @@ def test_fault_B5_the_callers_process_is_as_it_was(tmp_path):
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == ["imports []", "bridge []", "verify []"], ended.stdout
+
+
+def test_fault_B4_a_hook_that_is_not_run_is_refused_by_name(tmp_path):
+    from bridges.families.llama import LlamaBridge
+
+    class Hooked(LlamaBridge):
+        def maybe_modify_loaded_hf_weight(self, hf_param, hf_state_dict):
+            return hf_state_dict[hf_param] * 2
+
+    folder = toy_models.write("llama3", tmp_path / "hf", shards=1)
+    with pytest.raises(ConfigError, match="Hooked overrides maybe_modify_loaded_hf_weight, which is never called"):
+        AutoBridge.from_hf_pretrained(folder, bridge=Hooked)
