@@ -136,6 +136,12 @@ def moved(old: str, new: str):
 
 def test_heads_mapped_onto_layer_0_leave_tensors_unread():
     report = verify(ROW, bridge=moved("model.layers.8.", "model.layers.1."), layouts=["tp1"], checks=["complete"])
+    assert "the checkpoint has no tensor of them" in failed(report)["complete"]
+
+
+def test_one_head_tensor_mapped_onto_layer_1_is_named():
+    bridge = moved("model.layers.8.enorm.", "model.layers.1.enorm.")
+    report = verify(ROW, bridge=bridge, layouts=["tp1"], checks=["complete"])
     assert "model.layers.1.enorm.weight is missing" in failed(report)["complete"]
 
 
