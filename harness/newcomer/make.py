@@ -93,7 +93,7 @@ def _toy(source: Source, kind: type) -> dict[str, Any]:
     config: Any = source.config
     raw = {**_from_the_class(source.raw, config), **source.raw}
     toy = toy_models.shrink(raw)
-    toy["architectures"] = [kind.__name__]
+    toy.setdefault("model_type", getattr(type(config), "model_type", None))
     toy.setdefault("model_type", type(config).model_type)
     toy.pop("dtype", None)
     return {**toy, "torch_dtype": "float32"}
