@@ -36,7 +36,7 @@ LIBRARIES = ("goldengate", "torch", "transformers", "megatron-core", "safetensor
 
 
 def verify(
-    target: Given | Sequence[str],
+    row: Given | Sequence[str],
     *,
     bridge: type[MegatronModelBridge] | None = None,
     layouts: str | Sequence[str] = "quick",
@@ -51,8 +51,8 @@ def verify(
     `bridge` may be any MegatronModelBridge subclass, `folder` any checkpoint of the row's model: so a bridge or a
     checkpoint, or a deliberately broken one, can be tried without touching a file. For further options see `verify_rows`.
     """
-    several = isinstance(target, Sequence) and not isinstance(target, str)
-    given = list(target) if several else [target]  # type: ignore[arg-type, list-item]
+    several = isinstance(row, Sequence) and not isinstance(row, str)
+    given = list(row) if several else [row]  # type: ignore[arg-type, list-item]
     targets = [targets_.resolve(one, bridge=bridge, trust_remote_code=trust_remote_code) for one in given]  # type: ignore[arg-type]
     with targets_.as_rows(targets) as rows:
         report = verify_rows(rows, bridge=bridge, which=layouts, checks=checks, folder=folder, **options)
