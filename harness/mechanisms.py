@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import toy_models
-from bridges import AutoBridge, MegatronModelBridge, PreTrainedCausalLM
+from bridges import AutoBridge, GoldengateError, MegatronModelBridge, PreTrainedCausalLM
 from bridges.hf_pretrained import load_config
 
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_multiplier", "logits_divisor")
@@ -58,7 +58,12 @@ def provider_of(row: str, bridge: type[MegatronModelBridge] | None = None) -> An
     """
     config = toy_models.config_dict(row)
     pretrained = PreTrainedCausalLM(load_config(config, Path(row), trusted=False), config)
-    provider = AutoBridge(pretrained, bridge).to_megatron_provider(load_weights=False)
+    try:
+        provider = AutoBridge(pretrained, bridge).to_megatron_provider(load_weights=False)
+    except GoldengateError:
+        if bridge is None:
+            raise
+        return provider_of(row)  # a bridge under test that cannot read the config fails in its cells
     if (spec := toy_models.mtp_spec(row)) and not provider.mtp_num_layers:
         provider.mtp_num_layers = spec["layers"]
     return provider

@@ -836,13 +836,13 @@ def test_an_export_fails_on_every_rank_when_one_cannot_write(monkeypatch):
 
 # Tensors that a bridge ignores.
 
-ROTARY = "model.layers.*.self_attn.rotary_emb.inv_freq"  # what transformers wrote for Llama before 2023
+SCALES = "model.layers.*.self_attn.kv_scale"  # of quantised caches, which inference engines keep in a checkpoint
 
 
-def with_rotary(folder: Path) -> dict[str, torch.Tensor]:
+def with_scales(folder: Path) -> dict[str, torch.Tensor]:
     """Adds them to a folder of one file; returns them."""
     tensors = load_file(folder / "model.safetensors")
-    added = {ROTARY.replace("*", str(i)): torch.rand(8) + 1 for i in range(8)}
+    added = {SCALES.replace("*", str(i)): torch.rand(8) + 1 for i in range(8)}
     save_file(tensors | added, folder / "model.safetensors", {"format": "pt"})
     return added
 
@@ -850,14 +850,14 @@ def with_rotary(folder: Path) -> dict[str, torch.Tensor]:
 def test_ignored_tensors_are_exported_as_they_are(tmp_path):
     """Not as zeros. A bridge that does not say that it ignores them is refused."""
     folder = toy_models.write("llama3", tmp_path / "hf", shards=1)
-    with_rotary(folder)
+    with_scales(folder)
     layouts, checks = ("tp1", "tp2-pp2"), ("complete", "roundtrip", "logits", "grads")
-    cells = run("llama3", ignoring(LlamaBridge, ROTARY), layouts, checks=checks, folder=folder)
+    cells = run("llama3", ignoring(LlamaBridge, SCALES), layouts, checks=checks, folder=folder)
     assert_green(cells, layouts, checks)
     assert cells["tp2-pp2", "complete"].detail.endswith("; 8 tensors ignored, as the bridge says")
     [cell] = verify("llama3", layouts=["tp1"], checks=["roundtrip"], folder=folder).cells
     assert cell.status == "error"
-    assert "rotary_emb.inv_freq is not used by any Megatron parameter (and 7 more)" in cell.detail
+    assert "kv_scale is not used by any Megatron parameter (and 7 more)" in cell.detail
 
 
 def exported_live(key: str, folder: str) -> dict[str, torch.Tensor]:
@@ -869,8 +869,8 @@ def exported_live(key: str, folder: str) -> dict[str, torch.Tensor]:
 
 def test_ignored_tensors_are_in_a_live_export(tmp_path):
     folder = toy_models.write("llama3", tmp_path / "hf", shards=1)
-    added = with_rotary(folder)
-    jobs.INHERITED_BRIDGES["ignoring"] = ignoring(LlamaBridge, ROTARY)
+    added = with_scales(folder)
+    jobs.INHERITED_BRIDGES["ignoring"] = ignoring(LlamaBridge, SCALES)
     with Ranks() as ranks:
         for found in ranks.run(2, exported_live, "ignoring", str(folder)):
             assert all(
