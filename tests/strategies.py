@@ -290,6 +290,11 @@ def _layers(draw: st.DrawFn, config: dict) -> None:
         config["max_window_layers"] = min(config["max_window_layers"], count)
 
 
+def groups_field(config: dict) -> str:
+    """What the family calls its query groups."""
+    return "num_kv_heads" if "num_kv_heads" in config else "num_key_value_heads"
+
+
 def _heads(draw: st.DrawFn, config: dict) -> None:
     groups = draw(st.sampled_from((1, 2, 4)))
     if "kv_lora_rank" in config:  # latent attention has no groups
@@ -298,7 +303,7 @@ def _heads(draw: st.DrawFn, config: dict) -> None:
             config["num_key_value_heads"] = 4 * groups
         config["hidden_size"] = draw(st.sampled_from((32, 48, 64)))
         return
-    config["num_key_value_heads"] = groups
+    config[groups_field(config)] = groups
     heads = config["num_attention_heads"] = groups * draw(st.sampled_from((1, 2, 3)))
     # A multiple of the heads also where head_dim is given: Llama's config class insists.
     config["hidden_size"] = heads * (draw(st.sampled_from((8, 16, 24))) if "head_dim" in config else 16)
@@ -334,7 +339,7 @@ def family_configs(draw: st.DrawFn, row: str) -> tuple[dict, Layout]:
     if "_mtp" in config and any(key in config for key in _MTP) and draw(st.booleans()):
         del config["_mtp"]
         config |= {key: 0 for key in _MTP if key in config}
-    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
+    heads, groups = config["num_attention_heads"], config.get(groups_field(config), config["num_attention_heads"])
     tps = tuple(tp for tp in (1, 2, 4) if heads % tp == 0 and (groups % tp == 0 or tp % groups == 0))
     layout = draw(layouts_of_size(tps, experts or 0, most=8))
     stages = min(layout.pp, config["num_hidden_layers"])
